@@ -1,0 +1,294 @@
+"""CPContext: how one batch of long sequences is cut over a group of ranks, decided once on the host.
+
+Rank r holds the tokens [bounds[r], bounds[r + 1]) of every sequence. A state crosses the cut before rank r
+where a document
+has tokens on both sides of it; a rank is *through* where one document covers it whole and goes on at both
+ends: only there is
+the transition M of `S_out = M S_in + S_ext` needed. All of this is known to every rank from the document
+offsets alone, so
+layers neither read device memory nor ask each other what to do.
+"""
+
+import bisect
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from . import comm, sharding
+from .layout import CHUNK, ChunkLayout, Piece, build_layout
+
+EXCHANGES = ("ring", "all_to_all", "all_gather", "serial")
+
+
+@dataclass(frozen=True, eq=False)
+class CPContext:
+    """What a layer must know about the sharding of its batch. Make one with :func:`build_cp_context`, once a batch.
+
+    Tokens are counted per row; with more than one row (B > 1) every row is one document. Host fields are
+    tuples of ints;
+    ``position_ids`` [T_local] (int64, the position within the document) lies on ``device``.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    seq_len: int
+    shard_bounds: tuple[int, ...]
+    cu_seqlens: tuple[int, ...]
+    exchange: str
+    device: torch.device
+    pieces: tuple[Piece, ...]
+    position_ids: Tensor
+    _layouts: dict[tuple[int, torch.device], ChunkLayout] = field(default_factory=dict, repr=False)
+
+    @property
+    def start(self) -> int:
+        return self.shard_bounds[self.rank]
+
+    @property
+    def end(self) -> int:
+        return self.shard_bounds[self.rank + 1]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        bounds = self.shard_bounds
+        return tuple(high - low for low, high in itertools.pairwise(bounds))
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def document_start(self, token: int) -> int:
+        """Global offset at which the document of global token ``token`` starts."""
+        return self.cu_seqlens[bisect.bisect_right(self.cu_seqlens, token) - 1]
+
+    def crosses(self, cut: int) -> bool:
+        """Whether a document lies on both sides of the cut before rank ``cut`` (0 < cut < size)."""
+        if not 0 < cut < self.size:
+            return False
+        return self.document_start(self.shard_bounds[cut]) < self.shard_bounds[cut]
+
+    def through(self, rank: int) -> bool:
+        """Whether one document covers the shard of ``rank`` and crosses both its cuts."""
+        return (
+            self.crosses(rank)
+            and self.crosses(rank + 1)
+            and self.document_start(self.shard_bounds[rank + 1]) < self.shard_bounds[rank]
+        )
+
+    @property
+    def crosses_left(self) -> bool:
+        return self.crosses(self.rank)
+
+    @property
+    def crosses_right(self) -> bool:
+        return self.crosses(self.rank + 1)
+
+    @property
+    def any_crossing(self) -> bool:
+        """Whether any cut of the group is crossed; where none is, no rank exchanges anything."""
+        return any(self.crosses(cut) for cut in range(1, self.size))
+
+    def layout(self, batch: int, device: torch.device) -> ChunkLayout:
+        """The chunk layout of ``batch`` rows of this shard; built at the first use and kept."""
+        if batch > 1 and self.num_documents > 1:
+            raise ValueError(
+                f"batch size {batch} with {self.num_documents} packed documents; document offsets describe one row, "
+                "so pass B = 1 (concatenate the rows and extend cu_seqlens) or leave cu_seqlens out"
+            )
+        key = (batch, device)
+        if key not in self._layouts:
+            self._layouts[key] = build_layout(self.pieces, batch, device)
+        return self._layouts[key]
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's slice of a tensor that holds the whole sequence along ``dim``; differentiable.
+
+        The gradient is zero outside the slice. Raises ValueError if ``dim`` is not ``seq_len`` long.
+        """
+        return sharding.shard(x, self, dim)
+
+    def gather(self, local: Tensor, dim: int = 1) -> Tensor:
+        """The whole sequence along ``dim`` from every rank's slice, the same on every rank; differentiable.
+
+        The gradient is the sum of the ranks' gradients, cut to this rank's slice. Raises ValueError if ``dim`` is not
+        ``num_tokens`` long.
+        """
+        return sharding.gather(local, self, dim)
+
+
+def build_cp_context(
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    *,
+    seq_len: int,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    shard_sizes: Sequence[int] | None = None,
+    exchange: str = "auto",
+    device: torch.device | str | None = None,
+) -> CPContext:
+    """Plan the sharding of one batch over the ranks of ``group``.
+
+    Args:
+        group: a ProcessGroup, a 1-D DeviceMesh, or None for a single rank without a process group.
+        seq_len: tokens of the whole sequence (per row).
+        cu_seqlens: GLOBAL document offsets ``0 = c_0 < c_1 < ... < c_N = seq_len`` (list or tensor, read once);
+            None: one document.
+        shard_sizes: tokens per rank, positive, summing to ``seq_len``; default: cuts at multiples of 64, as even as
+            possible, or an even split by tokens where there are fewer 64-token blocks than ranks.
+        exchange: "ring", "all_to_all", "all_gather", "serial" or "auto".
+        device: where the index tensors live; default: the current CUDA device for NCCL groups, else the CPU.
+
+    Raises:
+        ValueError: the same on every rank that passes the same arguments, before any communication.
+    """
+    group, rank, size = _resolve_group(group)
+    if not isinstance(seq_len, int) or seq_len < 1:
+        raise ValueError(
+            f"seq_len is {seq_len!r}; it must be a positive int: the tokens of the whole sequence"
+        )
+    offsets = _check_offsets(cu_seqlens, seq_len)
+    bounds = _check_bounds(shard_sizes, seq_len, size)
+    if exchange == "auto":
+        exchange = "ring" if size <= 2 else "all_to_all"
+    if exchange not in EXCHANGES:
+        raise ValueError(
+            f"exchange={exchange!r} is unknown; choose one of {', '.join(EXCHANGES)} or auto"
+        )
+    if device is None:
+        on_gpu = group is not None and dist.get_backend(group) == "nccl"
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        )
+    device = torch.device(device)
+
+    pieces = _pieces(offsets, bounds[rank], bounds[rank + 1])
+    positions = torch.cat(
+        [torch.arange(p.end - p.start) + max(bounds[rank] - p.doc_start, 0) for p in pieces]
+    )
+    context = CPContext(
+        group=group,
+        rank=rank,
+        size=size,
+        seq_len=seq_len,
+        shard_bounds=bounds,
+        cu_seqlens=offsets,
+        exchange=exchange,
+        device=device,
+        pieces=pieces,
+        position_ids=positions.to(device),
+    )
+    context.layout(1, device)
+    if debug_enabled() and size > 1:
+        _check_agreement(context)
+    return context
+
+
+def debug_enabled() -> bool:
+    """Whether CP_GDN_DEBUG asks for value checks that read device memory."""
+    return os.environ.get("CP_GDN_DEBUG", "0") not in ("", "0")
+
+
+def _resolve_group(group) -> tuple[dist.ProcessGroup | None, int, int]:
+    if group is None:
+        return None, 0, 1
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"the DeviceMesh has {group.ndim} axes {group.mesh_dim_names}; context parallelism needs one axis: "
+                'pass a slice of it, such as mesh["cp"]'
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise ValueError(
+            "this rank is not a member of the group; every rank must build its context with the context-parallel "
+            "group that it belongs to (with a DeviceMesh, pass its cp axis)"
+        )
+    return group, dist.get_rank(group), dist.get_world_size(group)
+
+
+def _check_offsets(cu_seqlens: Tensor | Sequence[int] | None, seq_len: int) -> tuple[int, ...]:
+    if cu_seqlens is None:
+        return (0, seq_len)
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must be a 1-D integer tensor "
+                "of document offsets"
+            )
+        cu_seqlens = cu_seqlens.tolist()
+    offsets = tuple(int(c) for c in cu_seqlens)
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != seq_len:
+        raise ValueError(
+            f"cu_seqlens runs from {offsets[0] if offsets else None} to "
+            f"{offsets[-1] if offsets else None} but must run "
+            f"from 0 to seq_len = {seq_len}; under context parallelism it holds GLOBAL offsets, the same on every rank"
+        )
+    for place, (low, high) in enumerate(itertools.pairwise(offsets)):
+        if high <= low:
+            raise ValueError(
+                f"cu_seqlens is not increasing: entry {place + 1} is {high} after {low}; drop empty documents and sort "
+                "the offsets"
+            )
+    return offsets
+
+
+def _check_bounds(shard_sizes: Sequence[int] | None, seq_len: int, size: int) -> tuple[int, ...]:
+    if seq_len < size:
+        raise ValueError(
+            f"seq_len {seq_len} is smaller than the {size} ranks of the group; every rank needs at "
+            "least one token: use "
+            "fewer ranks or longer sequences"
+        )
+    if shard_sizes is None:
+        blocks, unit = -(-seq_len // CHUNK), CHUNK
+        if blocks < size:
+            blocks, unit = seq_len, 1
+        each, extra = divmod(blocks, size)
+        cuts = [min(seq_len, unit * (r * each + min(r, extra))) for r in range(size + 1)]
+        return tuple(cuts)
+    sizes = [int(s) for s in shard_sizes]
+    if len(sizes) != size or any(s < 1 for s in sizes):
+        raise ValueError(
+            f"shard_sizes is {sizes} for {size} ranks; give one positive number of tokens for each rank"
+        )
+    if sum(sizes) != seq_len:
+        raise ValueError(
+            f"shard_sizes sum to {sum(sizes)} but seq_len is {seq_len}; they must cover every token exactly once"
+        )
+    bounds = [0]
+    for s in sizes:
+        bounds.append(bounds[-1] + s)
+    return tuple(bounds)
+
+
+def _pieces(offsets: tuple[int, ...], start: int, end: int) -> tuple[Piece, ...]:
+    first = bisect.bisect_right(offsets, start) - 1
+    pieces = []
+    for doc in range(first, len(offsets) - 1):
+        low, high = offsets[doc], offsets[doc + 1]
+        if low >= end:
+            break
+        pieces.append(Piece(max(low, start) - start, min(high, end) - start, doc, low, high))
+    return tuple(pieces)
+
+
+def _check_agreement(context: CPContext) -> None:
+    mine = (context.shard_bounds, context.cu_seqlens, context.exchange)
+    plans = comm.gather_objects(mine, context.group)
+    odd = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
+    if odd:
+        raise ValueError(
+            f"ranks {odd} planned another sharding than rank 0 (bounds, offsets or exchange differ); "
+            "every rank must call "
+            "build_cp_context with the same seq_len, cu_seqlens, shard_sizes and exchange"
+        )

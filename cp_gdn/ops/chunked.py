@@ -1,0 +1,230 @@
+"""The torch engine: Gated DeltaNet in chunks of 64 tokens, with an explicit backward, vectorised over chunks and heads.
+
+Per chunk and value head, G = inclusive cumsum of g, gamma = e^G, r = e^(G_C - G), D_ij = e^(G_i - G_j) for i
+>= j, b = beta,
+s = scale (the WY form of Yang et al., arXiv 2412.06464; every factor is <= 1, so strong decay cannot overflow):
+
+    KKD = stril(K K^T * D)     A = (I + b KKD)^-1     u = A (b V)     w = A (b gamma K)     P = s tril(Q K^T * D)
+    Vd = u - w S               O = s gamma (Q S) + P Vd               S' = gamma_C S + (r K)^T Vd
+
+Only the last line depends on the state, so summarising a stretch (S_ext, and M by running K columns of the
+identity) walks that
+line alone. The backward walks the gradient of the state in reverse,
+
+    dVd = P^T dO + (r K) dS'   dS = gamma_C dS' + (s gamma Q)^T dO - w^T dVd
+
+and everything else is parallel over chunks: R = b (V - gamma K S) is what A was solved against, so with dR =
+A^T dVd the gradient of
+the triangular system is dL = -stril(dR Vd^T), no inverse is differentiated, and beta = 0 needs no care. The
+gradient of the gates
+is pairwise (row sums minus column sums of E = dP * P + dKKD * KKD), which stays exact under strong decay.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import CHUNK, ChunkLayout
+
+
+class Terms(NamedTuple):
+    """What a chunk needs besides the state. Leading dimensions [n, Hv] (n chunks) unless noted; C = 64."""
+
+    q: Tensor  # [n, Hv, C, K]
+    k: Tensor  # [n, Hv, C, K]
+    v: Tensor  # [n, Hv, C, V]
+    beta: Tensor  # [n, Hv, C, 1]
+    gamma: Tensor  # [n, Hv, C, 1]
+    rest: Tensor  # [n, Hv, C, 1], decay from a token to the end of its chunk
+    gamma_C: Tensor  # [n, Hv, 1, 1]
+    D: Tensor  # [n, Hv, C, C]
+    KKD: Tensor  # [n, Hv, C, C]
+    A: Tensor  # [n, Hv, C, C]
+    u: Tensor  # [n, Hv, C, V]
+    w: Tensor  # [n, Hv, C, K]
+    P: Tensor  # [n, Hv, C, C]
+    q_in: Tensor  # [n, Hv, C, K], scale * gamma * q
+    k_out: Tensor  # [n, Hv, C, K], rest * k
+    scale: float
+    groups: int  # value heads a key head
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, layout: ChunkLayout
+) -> Terms:
+    """Everything of the chunks that no state enters; inputs as in the public function, [B, T, H, ...]."""
+    dtype = compute_dtype(q.dtype)
+    groups = v.shape[2] // q.shape[2]
+
+    def heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return layout.to_chunks(x.to(dtype)).transpose(1, 2).contiguous()
+
+    q, k, v = (heads_first(x, dtype) for x in (q, k, v))
+    beta = heads_first(beta, dtype).unsqueeze(-1)
+    G = heads_first(g, torch.float64).cumsum(-1)  # [n, Hv, C]
+    upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
+    D = (G.unsqueeze(-1) - G.unsqueeze(-2)).masked_fill_(upper, float("-inf")).to(dtype).exp_()
+    gamma = G.to(dtype).exp().unsqueeze(-1)
+    rest = (G[..., -1:] - G).to(dtype).exp_().unsqueeze(-1)
+
+    KK = torch.matmul(k, k.mT).repeat_interleave(groups, 1)
+    QK = torch.matmul(q, k.mT).repeat_interleave(groups, 1)
+    q, k = q.repeat_interleave(groups, 1), k.repeat_interleave(groups, 1)
+    KKD = KK.mul_(D).tril_(-1)
+    eye = torch.eye(CHUNK, dtype=dtype, device=q.device).expand_as(KKD)
+    A = torch.linalg.solve_triangular(beta * KKD, eye, upper=False, unitriangular=True)
+    return Terms(
+        q=q,
+        k=k,
+        v=v,
+        beta=beta,
+        gamma=gamma,
+        rest=rest,
+        gamma_C=gamma[:, :, -1:],
+        D=D,
+        KKD=KKD,
+        A=A,
+        u=torch.matmul(A, beta * v),
+        w=torch.matmul(A, beta * gamma * k),
+        P=QK.mul_(D).mul_(scale),
+        q_in=scale * gamma * q,
+        k_out=rest * k,
+        scale=scale,
+        groups=groups,
+    )
+
+
+def final_state(terms: Terms, layout: ChunkLayout, h0: Tensor, first: int, last: int) -> Tensor:
+    """State [last - first, Hv, K, V] after the sequences at positions [first, last) that start from ``h0``."""
+    S = h0.clone()
+    for chunks, active in layout.steps(first, last):
+        head = S[:active]
+        Vd = terms.u[chunks] - torch.matmul(terms.w[chunks], head)
+        S[:active] = terms.gamma_C[chunks] * head + torch.matmul(terms.k_out[chunks].mT, Vd)
+    return S
+
+
+def transition(terms: Terms, layout: ChunkLayout, first: int, last: int) -> Tensor:
+    """M [last - first, Hv, K, K] of the sequences at positions [first, last)."""
+    Hv, K = terms.k.shape[1], terms.k.shape[-1]
+    M = torch.eye(K, dtype=terms.k.dtype, device=terms.k.device).repeat(last - first, Hv, 1, 1)
+    for chunks, active in layout.steps(first, last):
+        head = M[:active]
+        M[:active] = terms.gamma_C[chunks] * head - torch.matmul(
+            terms.k_out[chunks].mT, torch.matmul(terms.w[chunks], head)
+        )
+    return M
+
+
+def forward(terms: Terms, layout: ChunkLayout, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T, Hv, V] and final states [N, Hv, K, V] of all sequences; states in the order of
+    ``layout.order``."""
+    S = h0.clone()
+    o, Vd = torch.empty_like(terms.v), torch.empty_like(terms.v)
+    for chunks, active in layout.steps():
+        head = S[:active]
+        Vd[chunks] = terms.u[chunks] - torch.matmul(terms.w[chunks], head)
+        o[chunks] = torch.matmul(terms.q_in[chunks], head)
+        S[:active] = terms.gamma_C[chunks] * head + torch.matmul(terms.k_out[chunks].mT, Vd[chunks])
+    o += torch.matmul(terms.P, Vd)
+    return layout.from_chunks(o.transpose(1, 2)), S
+
+
+def gradient_of_state(
+    terms: Terms, layout: ChunkLayout, dO: Tensor, dht: Tensor, first: int, last: int
+) -> Tensor:
+    """Gradient [last - first, Hv, K, V] of the initial states, from dO [n, Hv, C, V] and the final states' ``dht``."""
+    dS = dht.clone()
+    for chunks, active in reversed(layout.steps(first, last)):
+        head = dS[:active]
+        dVd = torch.matmul(terms.P[chunks].mT, dO[chunks]) + torch.matmul(terms.k_out[chunks], head)
+        dS[:active] = (
+            terms.gamma_C[chunks] * head
+            + torch.matmul(terms.q_in[chunks].mT, dO[chunks])
+            - torch.matmul(terms.w[chunks].mT, dVd)
+        )
+    return dS
+
+
+class Gradients(NamedTuple):
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dg: Tensor
+    dbeta: Tensor
+    dh0: Tensor
+
+
+def chunk_gradient(do: Tensor, layout: ChunkLayout, dtype: torch.dtype) -> Tensor:
+    """dO [n, Hv, C, V] from do [B, T, Hv, V]."""
+    return layout.to_chunks(do.to(dtype)).transpose(1, 2).contiguous()
+
+
+def backward(terms: Terms, layout: ChunkLayout, h0: Tensor, dO: Tensor, dht: Tensor) -> Gradients:
+    """All gradients, [B, T, H, ...] in the compute dtype; dO [n, Hv, C, V]; h0, dht and dh0 in the order of
+    the layout."""
+    t = terms
+    states = t.v.new_empty(*t.v.shape[:2], t.k.shape[-1], t.v.shape[-1])  # [n, Hv, K, V]
+    dstates = torch.empty_like(states)
+    Vd = torch.empty_like(t.v)
+    S = h0.clone()
+    for chunks, active in layout.steps():
+        states[chunks] = S[:active]
+        Vd[chunks] = t.u[chunks] - torch.matmul(t.w[chunks], states[chunks])
+        S[:active] = t.gamma_C[chunks] * states[chunks] + torch.matmul(
+            t.k_out[chunks].mT, Vd[chunks]
+        )
+    dVd = torch.empty_like(Vd)
+    dS = dht.clone()
+    for chunks, active in reversed(layout.steps()):
+        head = dstates[chunks] = dS[:active]
+        dVd[chunks] = torch.matmul(t.P[chunks].mT, dO[chunks]) + torch.matmul(t.k_out[chunks], head)
+        dS[:active] = (
+            t.gamma_C[chunks] * head
+            + torch.matmul(t.q_in[chunks].mT, dO[chunks])
+            - torch.matmul(t.w[chunks].mT, dVd[chunks])
+        )
+
+    KS = torch.matmul(t.k, states)
+    dR = torch.matmul(t.A.mT, dVd)
+    dL = torch.matmul(dR, Vd.mT).neg_().tril_(-1)
+    dW = t.beta * dR
+    dbeta = (dR * (t.v - t.gamma * KS)).sum(-1) + (dL * t.KKD).sum(-1)
+    dKKD = t.beta * dL
+    dP = torch.matmul(dO, Vd.mT)
+    dKK, dQK = dKKD * t.D, dP * t.D * t.scale
+    dK_out = t.rest * torch.matmul(Vd, dstates.mT)
+    dk = (
+        dK_out
+        - torch.matmul(t.gamma * dW, states.mT)
+        + torch.matmul(dKK + dKK.mT, t.k)
+        + torch.matmul(dQK.mT, t.q)
+    )
+    dq_in = t.gamma * t.scale * torch.matmul(dO, states.mT)
+    dq = dq_in + torch.matmul(dQK, t.k)
+
+    E = dP * t.P + dKKD * t.KKD
+    out = (dK_out * t.k).sum(-1)
+    dG = E.sum(-1) - E.sum(-2) + (dq_in * t.q).sum(-1) - (t.gamma * dW * KS).sum(-1) - out
+    dG[..., -1] += out.sum(-1) + t.gamma_C[..., 0, 0] * (dstates * states).sum((-1, -2))
+    dg = dG.double().flip(-1).cumsum(-1).flip(-1).to(dG.dtype)
+
+    def tokens_first(x: Tensor) -> Tensor:
+        return layout.from_chunks(x.transpose(1, 2).contiguous())
+
+    def key_heads(x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, t.groups)).sum(2)
+
+    return Gradients(
+        dq=tokens_first(key_heads(dq)),
+        dk=tokens_first(key_heads(dk)),
+        dv=tokens_first(dW),
+        dg=tokens_first(dg),
+        dbeta=tokens_first(dbeta),
+        dh0=dS,
+    )

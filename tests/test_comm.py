@@ -1,0 +1,71 @@
+"""What the exchanges send, counted against the formulas, and the collectives that training uses."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cp_gdn import build_cp_context, comm
+from cp_gdn.scan import Summary
+
+from .distributed import run_ranks
+
+HV, K, V = 6, 4, 8
+
+
+def _bytes(rank, size, exchange):
+    context = build_cp_context(dist.group.WORLD, seq_len=64 * size, exchange=exchange)
+    S = torch.ones(1, HV, K, V)
+    M = torch.ones(1, HV, K, K) if context.through(rank) else None
+    comm.meter.take()
+    _, transitions = comm.exchange_states(Summary(M, S), context)
+    forward = comm.meter.take()["bytes"]
+    comm.exchange_gradients(S, transitions, context)
+    return forward, comm.meter.take()["bytes"]
+
+
+def test_bytes_sent_per_rank():
+    state, transition = HV * K * V * 4, HV * K * K * 4
+    ring = run_ranks(3, _bytes, "ring")
+    assert ring == [(state, 0), (state, state), (0, state)]
+    both = state + transition
+    assert run_ranks(3, _bytes, "all_gather") == [(both, state)] * 3
+    assert run_ranks(3, _bytes, "all_to_all") == [(both + state, 2 * state)] * 3
+    # two ranks: nobody is covered whole, so no M travels at all
+    assert run_ranks(2, _bytes, "all_gather") == [(state, state)] * 2
+
+
+def _few_heads(rank, size):
+    context = build_cp_context(dist.group.WORLD, seq_len=64 * size, exchange="all_to_all")
+    S = torch.full((1, 2, 3, 3), float(rank + 1))
+    M = torch.eye(3).expand(1, 2, 3, 3) if context.through(rank) else None
+    S_in, _ = comm.exchange_states(Summary(M, S), context)
+    return 0.0 if S_in is None else S_in.unique().item()
+
+
+def test_more_ranks_than_heads():
+    assert run_ranks(4, _few_heads) == [0.0, 1.0, 3.0, 6.0]
+
+
+def _training_helpers(rank, size):
+    total = comm.all_reduce_sum(torch.tensor([float(rank)]))
+    most = comm.all_reduce_max(torch.tensor([float(rank)]))
+    said = comm.broadcast_object({"from": rank}, src=1)
+    comm.barrier()
+    return total.item(), most.item(), said, comm.gather_objects(rank * 10)
+
+
+def test_collectives_of_training():
+    assert run_ranks(3, _training_helpers) == [(3.0, 2.0, {"from": 1}, [0, 10, 20])] * 3
+    assert comm.gather_objects(5) == [5] and comm.broadcast_object(7) == 7
+
+
+def _silent_rank(rank, size):
+    context = build_cp_context(dist.group.WORLD, seq_len=64 * size)
+    if rank == 0:
+        return None  # never sends
+    comm.exchange_states(Summary(None, torch.ones(1, 1, 2, 2)), context)
+
+
+def test_a_missing_rank_ends_the_others():
+    with pytest.raises(Exception, match=r"(?i)time|closed|reset|connection"):
+        run_ranks(2, _silent_rank, timeout_s=2)
