@@ -1,7 +1,9 @@
-"""Fork P gloo ranks, run a function in each, and return what each rank returned.
+"""Start P ranks, run a function in each, and return what each rank returned.
 
-Fork is cheap (a tenth of a second for four ranks) and keeps closures; the file:// store needs no port, so tests run in
-parallel. A rank that raises ends the others, and its traceback is the test's failure.
+Gloo ranks are forked: cheap (a tenth of a second for four ranks), and closures and patches reach them. NCCL
+ranks are spawned,
+one a GPU, because CUDA does not survive a fork. The file:// store needs no port, so tests run in parallel. A rank that
+raises ends the others, and its traceback is the test's failure.
 """
 
 import datetime
@@ -15,14 +17,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _rank_main(rank: int, size: int, folder: str, timeout_s: float, fn: Callable, args: tuple):
-    torch.set_num_threads(1)
+def _rank_main(
+    rank: int, size: int, folder: str, backend: str, timeout_s: float, fn: Callable, args: tuple
+):
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=size,
         timeout=datetime.timedelta(seconds=timeout_s),
+        device_id=torch.device("cuda", rank) if backend == "nccl" else None,
     )
     try:
         result = fn(rank, size, *args)
@@ -32,17 +40,20 @@ def _rank_main(rank: int, size: int, folder: str, timeout_s: float, fn: Callable
         dist.destroy_process_group()
 
 
-def run_ranks(size: int, fn: Callable, *args: Any, timeout_s: float = 60) -> list[Any]:
-    """Run ``fn(rank, size, *args)`` in ``size`` forked gloo ranks; returns the list of results in rank order.
+def run_ranks(
+    size: int, fn: Callable, *args: Any, backend: str = "gloo", timeout_s: float = 60
+) -> list[Any]:
+    """Run ``fn(rank, size, *args)`` in ``size`` ranks; returns the list of results in rank order.
 
-    The default process group is initialised; results must be picklable by ``torch.save``.
+    The default process group is initialised; results must be picklable by ``torch.save``, and for "nccl" fn must be
+    importable.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _rank_main,
-            args=(size, folder, timeout_s, fn, args),
+            args=(size, folder, backend, timeout_s, fn, args),
             nprocs=size,
-            start_method="fork",
+            start_method="fork" if backend == "gloo" else "spawn",
         )
         return [
             torch.load(Path(folder) / f"result-{rank}.pt", weights_only=False)

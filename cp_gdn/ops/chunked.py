@@ -208,7 +208,7 @@ def backward(terms: Terms, layout: ChunkLayout, h0: Tensor, dO: Tensor, dht: Ten
     dq_in = t.gamma * t.scale * torch.matmul(dO, states.mT)
     dq = dq_in + torch.matmul(dQK, t.k)
 
-    E = dP * t.P + dKKD * t.KKD
+    E = (dP * t.P + dKKD * t.KKD).tril_(-1)  # the diagonal cancels exactly only if it is left out
     out = (dK_out * t.k).sum(-1)
     dG = E.sum(-1) - E.sum(-2) + (dq_in * t.q).sum(-1) - (t.gamma * dW * KS).sum(-1) - out
     dG[..., -1] += out.sum(-1) + t.gamma_C[..., 0, 0] * (dstates * states).sum((-1, -2))

@@ -16,6 +16,7 @@ def run_sharded(
     cu_seqlens: list[int] | None,
     shard_sizes: list[int] | None,
     exchange: str,
+    device: str = "cpu",
 ) -> list[Tensor]:
     """In one rank: [o, final_state, gradients...] of the whole sequence, gradients summed over the ranks."""
     context = build_cp_context(
@@ -25,17 +26,18 @@ def run_sharded(
         shard_sizes=shard_sizes,
         exchange=exchange,
     )
-    inputs = [x.clone().requires_grad_() for x in case.inputs]
+    inputs = [x.to(device, copy=True).requires_grad_() for x in case.inputs]
+    do, dfinal = case.do.to(device), case.dfinal.to(device)
     o, final = chunk_gated_delta_rule(
         *(context.shard(x) for x in inputs[:5]),
         initial_state=inputs[5],
         output_final_state=True,
         cp_context=context,
     )
-    loss = (o * context.shard(case.do)).sum()
+    loss = (o * context.shard(do)).sum()
     # the ranks' losses add, so the final state counts on one of them only
-    loss = loss + (final * case.dfinal).sum() * (rank == 0)
+    loss = loss + (final * dfinal).sum() * (rank == 0)
     grads = torch.autograd.grad(loss, inputs)
     for grad in grads:
         dist.all_reduce(grad)
-    return [context.gather(o).detach(), final.detach(), *grads]
+    return [x.detach().cpu() for x in (context.gather(o), final, *grads)]

@@ -1,0 +1,112 @@
+"""The same operator on GPUs: values against the CPU oracle, no host synchronisation in a step, NCCL between
+two of them."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cp_gdn import CPGatedDeltaNet, build_cp_context, chunk_gated_delta_rule
+from cp_gdn.ops.reference import recurrent_gated_delta_rule
+
+from ..cases import assert_close, assert_equal, make_case, outputs_and_gradients
+from ..distributed import run_ranks
+from .cp_runs import run_sharded
+
+PACKED = [0, 10, 75, 76, 150, 290, 300]
+
+
+def oracle(case, cu_seqlens=None):
+    def fn(*inputs):
+        return recurrent_gated_delta_rule(
+            *inputs[:5], initial_state=inputs[5], cu_seqlens=cu_seqlens
+        )
+
+    return outputs_and_gradients(fn, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_torch_engine_on_the_gpu(dtype, tolerance):
+    case = make_case(300, 2, 8, 16, 24, N=6)
+    on_gpu = type(case)(
+        tuple(x.to("cuda", dtype) for x in case.inputs),
+        case.do.to("cuda", dtype),
+        case.dfinal.to("cuda", dtype),
+    )
+
+    def fn(*inputs):
+        return chunk_gated_delta_rule(
+            *inputs[:5], initial_state=inputs[5], output_final_state=True, cu_seqlens=PACKED
+        )
+
+    got = [x.cpu() for x in outputs_and_gradients(fn, on_gpu)]
+    assert_close(got, oracle(case, PACKED), tolerance)
+
+
+def _layer_step(layer, x, context):
+    layer(x, cp_context=context).square().sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED])
+def test_a_step_never_waits_for_the_device(cu_seqlens):
+    layer = CPGatedDeltaNet(64, 2, 4, head_k_dim=16, head_v_dim=16).cuda()
+    context = build_cp_context(seq_len=300, cu_seqlens=cu_seqlens, device="cuda")
+    x = torch.randn(1, 300, 64, device="cuda", requires_grad=True)
+    _layer_step(layer, x, context)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _layer_step(layer, x, context)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            x.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("exchange", ["ring", "all_to_all", "all_gather", "serial"])
+@pytest.mark.parametrize(
+    ("cu_seqlens", "sizes"), [(None, [128, 172]), (PACKED, [100, 200]), (PACKED, [75, 225])]
+)
+def test_two_gpus_match_the_recurrence(exchange, cu_seqlens, sizes):
+    case = make_case(300, 1, 4, 6, 8, N=len(cu_seqlens) - 1 if cu_seqlens else 1)
+    ref = oracle(case, cu_seqlens)
+    for got in run_ranks(2, run_sharded, case, cu_seqlens, sizes, exchange, "cuda", backend="nccl"):
+        assert_close(got, ref, 1e-10)
+
+
+def _serial_against_one_gpu(rank, size):
+    case = make_case(256, 2, 4, 32, 32).to(torch.float32)
+    sharded = run_sharded(rank, size, case, None, [128, 128], "serial", "cuda")
+    on_gpu = type(case)(tuple(x.cuda() for x in case.inputs), case.do.cuda(), case.dfinal.cuda())
+
+    def fn(*inputs):
+        return chunk_gated_delta_rule(*inputs[:5], initial_state=inputs[5], output_final_state=True)
+
+    return sharded, [x.cpu() for x in outputs_and_gradients(fn, on_gpu)]
+
+
+@pytest.mark.multi_gpu
+def test_serial_equals_one_gpu_bit_for_bit():
+    for sharded, alone in run_ranks(2, _serial_against_one_gpu, backend="nccl"):
+        assert_equal(sharded, alone)
+
+
+def _sync_free_step(rank, size, exchange):
+    torch.manual_seed(0)
+    layer = CPGatedDeltaNet(64, 2, 4, head_k_dim=16, head_v_dim=16).cuda()
+    context = build_cp_context(dist.group.WORLD, seq_len=512, exchange=exchange)
+    x = torch.randn(1, context.num_tokens, 64, device="cuda", requires_grad=True)
+    _layer_step(layer, x, context)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    _layer_step(layer, x, context)
+    torch.cuda.set_sync_debug_mode("default")
+    return True
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("exchange", ["ring", "all_to_all", "all_gather", "serial"])
+def test_a_sharded_step_never_waits_for_the_device(exchange):
+    assert run_ranks(2, _sync_free_step, exchange, backend="nccl") == [True, True]
