@@ -11,6 +11,7 @@ The exchanges differ only in who evaluates this chain: neighbours (ring), the ow
 
 import itertools
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,6 +81,19 @@ def _nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _swap(
+    outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]], context: "CPContext"
+) -> None:
+    """Send and receive (peer, tensor) pairs between neighbours in one batch."""
+    ops = [dist.P2POp(dist.isend, t, group=context.group, group_peer=p) for p, t in outgoing]
+    ops += [dist.P2POp(dist.irecv, t, group=context.group, group_peer=p) for p, t in incoming]
+    if ops:
+        tensor = (outgoing or incoming)[0][1]
+        with meter.span(_nbytes(*(t for _, t in outgoing)), tensor.device):
+            for request in dist.batch_isend_irecv(ops):
+                request.wait()
+
+
 # ---- boundary states -----------------------------------------------------------------------------------------------
 
 
@@ -123,20 +137,14 @@ def receive_state(like: Tensor, context: "CPContext", *, reverse: bool = False) 
     if not (context.crosses_right if reverse else context.crosses_left):
         return None
     buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
-    source = context.rank + (1 if reverse else -1)
-    with meter.span(0, like.device):
-        dist.recv(buffer, group=context.group, group_src=source)
+    _swap([], [(context.rank + (1 if reverse else -1), buffer)], context)
     return buffer
 
 
 def send_state(state: Tensor, context: "CPContext", *, reverse: bool = False) -> None:
-    """Hand the state over the cut to the successor (reverse: the gradient to the predecessor), where a
-    document goes on."""
-    if not (context.crosses_left if reverse else context.crosses_right):
-        return
-    target = context.rank + (-1 if reverse else 1)
-    with meter.span(_nbytes(state), state.device):
-        dist.send(state.contiguous(), group=context.group, group_dst=target)
+    """Hand the state to the successor (reverse: the gradient to the predecessor), where a document crosses the cut."""
+    if context.crosses_left if reverse else context.crosses_right:
+        _swap([(context.rank + (-1 if reverse else 1), state.contiguous())], [], context)
 
 
 def _ring(summary: Summary, context: "CPContext", *, reverse: bool) -> Tensor | None:
@@ -233,18 +241,6 @@ def _halo_spans(context: "CPContext", width: int) -> tuple[list, list]:
                 break
             receives.append((source, max(low, bounds[source]), bounds[source + 1]))
     return sends, receives
-
-
-def _swap(
-    outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]], context: "CPContext"
-) -> None:
-    ops = [dist.P2POp(dist.isend, t, group=context.group, group_peer=p) for p, t in outgoing]
-    ops += [dist.P2POp(dist.irecv, t, group=context.group, group_peer=p) for p, t in incoming]
-    if ops:
-        tensor = (outgoing or incoming)[0][1]
-        with meter.span(_nbytes(*(t for _, t in outgoing)), tensor.device):
-            for request in dist.batch_isend_irecv(ops):
-                request.wait()
 
 
 def exchange_halo(x: Tensor, context: "CPContext", width: int) -> Tensor:
@@ -352,6 +348,17 @@ def gather_objects(obj: Any, group: dist.ProcessGroup | None = None) -> list[Any
     every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, obj, group=group)
     return every
+
+
+_warm: "weakref.WeakSet[dist.ProcessGroup]" = weakref.WeakSet()
+
+
+def warm_up(group: dist.ProcessGroup | None) -> None:
+    """Open the connections of an NCCL group once, all ranks together: later messages concern some of them only."""
+    if group is None or group in _warm or dist.get_backend(group) != "nccl":
+        return
+    dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+    _warm.add(group)
 
 
 def barrier(group: dist.ProcessGroup | None = None) -> None:

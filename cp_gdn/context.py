@@ -99,13 +99,22 @@ class CPContext:
         """Whether any cut of the group is crossed; where none is, no rank exchanges anything."""
         return any(self.crosses(cut) for cut in range(1, self.size))
 
+    def check_tokens(self, x: Tensor) -> None:
+        """Raise ValueError unless ``x`` [B, T, ...] is this rank's part of a batch that the context fits."""
+        B, T = x.shape[:2]
+        if self.num_tokens != T:
+            raise ValueError(
+                f"got {T} tokens but the context gives rank {self.rank} {self.num_tokens} of {self.seq_len}; shard the "
+                "input with ctx.shard, and build a context for every batch shape"
+            )
+        if B > 1 and self.num_documents > 1:
+            raise ValueError(
+                f"batch size {B} with {self.num_documents} packed documents; document offsets describe one row, so "
+                "pass B = 1 (concatenate the rows and extend cu_seqlens) or leave cu_seqlens out"
+            )
+
     def layout(self, batch: int, device: torch.device) -> ChunkLayout:
         """The chunk layout of ``batch`` rows of this shard; built at the first use and kept."""
-        if batch > 1 and self.num_documents > 1:
-            raise ValueError(
-                f"batch size {batch} with {self.num_documents} packed documents; document offsets describe one row, "
-                "so pass B = 1 (concatenate the rows and extend cu_seqlens) or leave cu_seqlens out"
-            )
         key = (batch, device)
         if key not in self._layouts:
             self._layouts[key] = build_layout(self.pieces, batch, device)
@@ -188,6 +197,7 @@ def build_cp_context(
         position_ids=positions.to(device),
     )
     context.layout(1, device)
+    comm.warm_up(group)
     if debug_enabled() and size > 1:
         _check_agreement(context)
     return context

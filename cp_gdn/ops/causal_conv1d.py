@@ -66,11 +66,8 @@ def causal_conv1d(
         raise ValueError(f'activation={activation!r}; choose "silu" or None')
     B, T, D = x.shape
     width = filters.shape[1] - 1
-    if cp_context is not None and cp_context.num_tokens != T:
-        raise ValueError(
-            f"x has {T} tokens but the context gives rank {cp_context.rank} {cp_context.num_tokens}; "
-            "shard it with ctx.shard"
-        )
+    if cp_context is not None:
+        cp_context.check_tokens(x)
 
     if cp_context is not None and cp_context.any_crossing:
         halo = _Halo.apply(x, cp_context, width)

@@ -69,13 +69,14 @@ def chunk_gated_delta_rule(
     _pick_engine(engine, q.device.type)
     if debug_enabled():
         _check_values(g, beta, initial_state, context)
-    if use_qk_l2norm_in_kernel:
-        dtype = chunked.compute_dtype(q.dtype)
-        q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    o, final = _GatedDeltaRule.apply(
-        q, k, v, g, beta, initial_state, scale, output_final_state, context
-    )
+    with torch.autocast(q.device.type, enabled=False):  # the recurrence stays in fp32
+        if use_qk_l2norm_in_kernel:
+            dtype = chunked.compute_dtype(q.dtype)
+            q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
+        o, final = _GatedDeltaRule.apply(
+            q, k, v, g, beta, initial_state, scale, output_final_state, context
+        )
     return o, final if output_final_state else None
 
 
@@ -137,7 +138,11 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        do, dfinal = grads
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _GatedDeltaRule._gradients(ctx, *grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, h0, own, by_rank = ctx.saved_tensors
         context: CPContext = ctx.context
         layout = context.layout(q.shape[0], q.device)
@@ -252,11 +257,7 @@ def _context_for(q: Tensor, cu_seqlens, cp_context: CPContext | None) -> CPConte
             "both cu_seqlens and cp_context were given; under context parallelism the context carries the GLOBAL "
             "offsets: pass cu_seqlens to build_cp_context only"
         )
-    if cp_context.num_tokens != T:
-        raise ValueError(
-            f"q has {T} tokens but the context gives rank {cp_context.rank} {cp_context.num_tokens} of "
-            f"{cp_context.seq_len}; shard the inputs with ctx.shard and build a context for every batch shape"
-        )
+    cp_context.check_tokens(q)
     return cp_context
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from cp_gdn import CPGatedDeltaNet, build_cp_context, chunk_gated_delta_rule
 from cp_gdn.ops.reference import recurrent_gated_delta_rule
 
-from ..cases import assert_close, assert_equal, make_case, outputs_and_gradients
+from ..cases import assert_close, make_case, outputs_and_gradients
 from ..distributed import run_ranks
 from .cp_runs import run_sharded
 
@@ -88,9 +88,10 @@ def _serial_against_one_gpu(rank, size):
 
 
 @pytest.mark.multi_gpu
-def test_serial_equals_one_gpu_bit_for_bit():
+def test_serial_on_two_gpus_equals_one():
+    """To rounding: cuBLAS chooses a batched product's algorithm by the number of chunks, so not bit for bit."""
     for sharded, alone in run_ranks(2, _serial_against_one_gpu, backend="nccl"):
-        assert_equal(sharded, alone)
+        assert_close(sharded, alone, 1e-6)
 
 
 def _sync_free_step(rank, size, exchange):
