@@ -330,6 +330,21 @@ def test_autocast_leaves_the_recurrence_alone(cu_seqlens):
     assert y.dtype == torch.bfloat16 and relative(y, expected) < 2e-2
 
 
+@pytest.mark.parametrize("exchange", ["ring", "all_to_all", "all_gather", "serial"])
+@pytest.mark.parametrize("sizes", [(170,), (70, 100), (70, 2, 98), (3, 64, 64, 39)])
+def test_any_number_of_ranks_gives_the_same_weight_gradients(sizes, exchange):
+    torch.manual_seed(8)
+    layer = cp_gdn.CPGatedDeltaNet(16, 1, 4, 6, 8).double()
+    with torch.no_grad():
+        layer.A_log[0], layer.A_log[1] = -9.2, -200.0  # g about -1e-4, and 0
+    x, weights = (t.double() for t in batch(1, 170)[:2])
+    x, weights = x[..., :16], weights[..., :16]
+    for cu_seqlens in (None, (0, 60, 61, 170)):
+        context = cp_gdn.build_cp_context(seq_len=170, cu_seqlens=cu_seqlens)
+        ours = ranks_run(layer, x, weights, sizes, cu_seqlens, exchange)
+        assert errors(ours, run(layer, x, weights, context)) < (1e-10, "")
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="num_v_heads must be a multiple of num_k_heads"):
         cp_gdn.CPGatedDeltaNet(16, 3, 4)
