@@ -32,7 +32,8 @@ class CPContext:
 
     Tokens are counted per row; with more than one row (B > 1) every row is one document. Host fields are
     tuples of ints;
-    ``position_ids`` [T_local] (int64, the position within the document) lies on ``device``.
+    ``position_ids`` [T_local] (int64, the position within the document) and ``local_offsets`` [pieces + 1] (int32, the
+    pieces of this shard) lie on ``device``.
     """
 
     group: dist.ProcessGroup | None
@@ -45,6 +46,7 @@ class CPContext:
     device: torch.device
     pieces: tuple[Piece, ...]
     position_ids: Tensor
+    local_offsets: Tensor
     _layouts: dict[tuple[int, torch.device], ChunkLayout] = field(default_factory=dict, repr=False)
 
     @property
@@ -195,6 +197,7 @@ def build_cp_context(
         device=device,
         pieces=pieces,
         position_ids=positions.to(device),
+        local_offsets=torch.tensor([0, *(p.end for p in pieces)], dtype=torch.int32, device=device),
     )
     context.layout(1, device)
     comm.warm_up(group)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..layout import CHUNK, ChunkLayout
+from ..scan import Summary
 
 
 class Terms(NamedTuple):
@@ -109,7 +110,7 @@ def final_state(terms: Terms, layout: ChunkLayout, h0: Tensor, first: int, last:
     return S
 
 
-def transition(terms: Terms, layout: ChunkLayout, first: int, last: int) -> Tensor:
+def transition_of(terms: Terms, layout: ChunkLayout, first: int, last: int) -> Tensor:
     """M [last - first, Hv, K, K] of the sequences at positions [first, last)."""
     Hv, K = terms.k.shape[1], terms.k.shape[-1]
     M = torch.eye(K, dtype=terms.k.dtype, device=terms.k.device).repeat(last - first, Hv, 1, 1)
@@ -158,11 +159,6 @@ class Gradients(NamedTuple):
     dg: Tensor
     dbeta: Tensor
     dh0: Tensor
-
-
-def chunk_gradient(do: Tensor, layout: ChunkLayout, dtype: torch.dtype) -> Tensor:
-    """dO [n, Hv, C, V] from do [B, T, Hv, V]."""
-    return layout.to_chunks(do.to(dtype)).transpose(1, 2).contiguous()
 
 
 def backward(terms: Terms, layout: ChunkLayout, h0: Tensor, dO: Tensor, dht: Tensor) -> Gradients:
@@ -228,3 +224,65 @@ def backward(terms: Terms, layout: ChunkLayout, h0: Tensor, dO: Tensor, dht: Ten
         dbeta=tokens_first(dbeta),
         dh0=dS,
     )
+
+
+class TorchRun:
+    """One call of the operator on this engine; states [n, Hv, K, V] in the compute dtype, in the sequences' own order.
+
+    ``sequences`` is a contiguous slice of sequences whose states are meant; a call with more than one piece a row
+    means one sequence, the first or the last.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        scale: float,
+        layout: ChunkLayout,
+    ):
+        self._terms = prepare(q, k, v, g, beta, scale, layout)
+        self._layout, self._dtype = layout, v.dtype
+        self.num_sequences = layout.num_sequences
+
+    def zero_states(self) -> Tensor:
+        terms = self._terms
+        return terms.v.new_zeros(
+            self.num_sequences, terms.v.shape[1], terms.k.shape[3], terms.v.shape[3]
+        )
+
+    def summarise(self, h0: Tensor, sequences: slice, *, transition: bool) -> Summary:
+        """Summary of ``sequences``, which start from ``h0`` as far as it is known."""
+        span = self._positions(sequences)
+        S = final_state(self._terms, self._layout, h0, *span)
+        M = transition_of(self._terms, self._layout, *span) if transition else None
+        return Summary(M, S)
+
+    def forward(self, h0: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [B, T, Hv, V] in the dtype of v, and final states."""
+        o, S = forward(self._terms, self._layout, self._ordered(h0))
+        return o.to(self._dtype), S.index_select(0, self._layout.position_index)
+
+    def receive_gradient(self, do: Tensor) -> None:
+        """Take the gradient of the outputs, [B, T, Hv, V], before the calls below."""
+        rows = self._layout.to_chunks(do.to(self._terms.v.dtype))
+        self._dO = rows.transpose(1, 2).contiguous()  # [n, Hv, C, V]
+
+    def summarise_reverse(self, dht: Tensor, sequences: slice) -> Tensor:
+        """dS_ext: gradient of the initial states of ``sequences``, from ``dht`` as far as it is known."""
+        return gradient_of_state(
+            self._terms, self._layout, self._dO, dht, *self._positions(sequences)
+        )
+
+    def backward(self, h0: Tensor, dht: Tensor) -> Gradients:
+        out = backward(self._terms, self._layout, self._ordered(h0), self._dO, self._ordered(dht))
+        return out._replace(dh0=out.dh0.index_select(0, self._layout.position_index))
+
+    def _ordered(self, states: Tensor) -> Tensor:
+        return states.index_select(0, self._layout.order_index)
+
+    def _positions(self, sequences: slice) -> tuple[int, int]:
+        first = self._layout.order.index(sequences.start)
+        return first, first + sequences.stop - sequences.start

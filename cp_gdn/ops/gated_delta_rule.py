@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .. import comm
 from ..context import CPContext, build_cp_context, debug_enabled
-from ..scan import Summary
-from . import chunked
+from . import chunked, hopper
 from .reference import l2_normalize
+from .sharded import crossing, documents, sharded_backward, sharded_forward
 
 log = logging.getLogger("cp_gdn")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -55,7 +55,7 @@ def chunk_gated_delta_rule(
         cu_seqlens: document offsets of packed sequences [N + 1], B = 1; read on the host. Leave it out with a
             ``cp_context``, which carries them.
         cp_context: from :func:`cp_gdn.build_cp_context`; every rank of its group must call, and backpropagate.
-        engine: "torch" (any device), "tilelang" (Hopper), or "auto".
+        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K = V = 128, no gradients yet), or "auto".
 
     Returns:
         o [B, T, Hv, V] in the dtype of v, and the final states (fp32; fp64 with fp64 inputs) or None.
@@ -66,10 +66,14 @@ def chunk_gated_delta_rule(
     """
     context = _context_for(q, cu_seqlens, cp_context)
     _check_shapes(q, k, v, g, beta, initial_state, context)
-    _pick_engine(engine, q.device.type)
+    states = () if initial_state is None else (initial_state,)
+    picked = _pick_engine(engine, (q, k, v, g, beta, *states))
     if debug_enabled():
         _check_values(g, beta, initial_state, context)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if picked == "tilelang":
+        run = hopper.HopperRun(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, context)
+        return sharded_forward(run, initial_state, output_final_state, context)[:2]
     with torch.autocast(q.device.type, enabled=False):  # the recurrence stays in fp32
         if use_qk_l2norm_in_kernel:
             dtype = chunked.compute_dtype(q.dtype)
@@ -96,45 +100,13 @@ class _GatedDeltaRule(torch.autograd.Function):
         output_final_state: bool,
         context: CPContext,
     ) -> tuple[Tensor, Tensor | None]:
-        layout = context.layout(q.shape[0], q.device)
-        terms = chunked.prepare(q, k, v, g, beta, scale, layout)
-        entering, leaving = _crossing(context, layout.num_sequences)
-        h0 = terms.v.new_zeros(layout.num_sequences, v.shape[2], q.shape[3], v.shape[3])
-        if initial_state is not None:
-            documents = _documents(context, layout.num_sequences)
-            h0[:] = initial_state[documents]
-        if context.crosses_left:
-            h0[entering] = 0
-
-        transitions = comm.Transitions()
-        if context.exchange == "serial":
-            S_in = comm.receive_state(h0[entering], context)
-        elif context.any_crossing:
-            S_in, transitions = comm.exchange_states(
-                _summarise(terms, layout, h0, context), context
-            )
-        else:
-            S_in = None
-        if S_in is not None:
-            h0[entering] = S_in
-
-        o, states = chunked.forward(terms, layout, h0.index_select(0, layout.order_index))
-        states = states.index_select(0, layout.position_index)  # [N_local, Hv, K, V]
-        if context.exchange == "serial":
-            comm.send_state(states[leaving], context)
+        run = chunked.TorchRun(q, k, v, g, beta, scale, context.layout(q.shape[0], q.device))
+        o, final, h0, transitions = sharded_forward(run, initial_state, output_final_state, context)
         ctx.save_for_backward(q, k, v, g, beta, h0, transitions.own, transitions.by_rank)
         ctx.context, ctx.scale = context, scale
         ctx.state_shape = None if initial_state is None else initial_state.shape
         ctx.output_final_state = output_final_state
-        if not output_final_state:
-            return o.to(v.dtype), None
-        if context.size == 1:
-            return o.to(v.dtype), states
-        ended = _ended(context, layout.num_sequences)
-        count = q.shape[0] if q.shape[0] > 1 else context.num_documents
-        final = states.new_zeros(count, *states.shape[1:])
-        final[_documents(context, layout.num_sequences)][ended] = states[ended]
-        return o.to(v.dtype), comm.sum_over_group(final, context)
+        return o, final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,98 +117,29 @@ class _GatedDeltaRule(torch.autograd.Function):
     def _gradients(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, h0, own, by_rank = ctx.saved_tensors
         context: CPContext = ctx.context
-        layout = context.layout(q.shape[0], q.device)
-        terms = chunked.prepare(q, k, v, g, beta, ctx.scale, layout)
-        dO = chunked.chunk_gradient(do, layout, terms.v.dtype)
-        entering, leaving = _crossing(context, layout.num_sequences)
-        documents = _documents(context, layout.num_sequences)
-        dht = torch.zeros_like(h0)
-        if ctx.output_final_state:
-            if context.size > 1:
-                dfinal = comm.sum_over_group(dfinal, context)
-            ended = _ended(context, layout.num_sequences)
-            dht[ended] = dfinal[documents][ended]
-
-        if context.exchange == "serial":
-            dS_in = comm.receive_state(dht[leaving], context, reverse=True)
-        elif context.any_crossing:
-            dS = _summarise_reverse(terms, layout, dO, dht, context)
-            dS_in = comm.exchange_gradients(dS, comm.Transitions(own, by_rank), context)
-        else:
-            dS_in = None
-        if dS_in is not None:
-            dht[leaving] = dS_in
-
-        order = layout.order_index
-        out = chunked.backward(
-            terms, layout, h0.index_select(0, order), dO, dht.index_select(0, order)
+        run = chunked.TorchRun(q, k, v, g, beta, ctx.scale, context.layout(q.shape[0], q.device))
+        out = sharded_backward(
+            run,
+            h0,
+            do,
+            dfinal if ctx.output_final_state else None,
+            comm.Transitions(own, by_rank),
+            context,
         )
-        dh0 = out.dh0.index_select(0, layout.position_index)
-        if context.exchange == "serial":
-            comm.send_state(dh0[entering], context, reverse=True)
         d_initial = None
         if ctx.state_shape is not None:
             if context.crosses_left:
-                dh0[entering] = 0
-            d_initial = dh0.new_zeros(ctx.state_shape)
-            d_initial[documents] = dh0
+                out.dh0[crossing(context, run.num_sequences)[0]] = 0
+            d_initial = out.dh0.new_zeros(ctx.state_shape)
+            d_initial[documents(context, run.num_sequences)] = out.dh0
+        inputs = (q, k, v, g, beta)
         return (
-            out.dq.to(q.dtype),
-            out.dk.to(k.dtype),
-            out.dv.to(v.dtype),
-            out.dg.to(g.dtype),
-            out.dbeta.to(beta.dtype),
+            *(grad.to(x.dtype) for grad, x in zip(out[:5], inputs, strict=True)),
             d_initial,
             None,
             None,
             None,
         )
-
-
-def _summarise(terms, layout, h0: Tensor, context: CPContext) -> Summary:
-    """Summary of the sequences that leave this rank (zeros where none does), [B, Hv, K, V]."""
-    _, leaving = _crossing(context, layout.num_sequences)
-    if not context.crosses_right:
-        return Summary(None, torch.zeros_like(h0[leaving]))
-    first, last = _positions(layout, leaving)
-    S = chunked.final_state(terms, layout, h0[leaving], first, last)
-    M = chunked.transition(terms, layout, first, last) if context.through(context.rank) else None
-    return Summary(M, S)
-
-
-def _summarise_reverse(terms, layout, dO: Tensor, dht: Tensor, context: CPContext) -> Tensor:
-    """dS_ext of the sequences that entered this rank (zeros where none did), [B, Hv, K, V]."""
-    entering, _ = _crossing(context, layout.num_sequences)
-    if not context.crosses_left:
-        return torch.zeros_like(dht[entering])
-    first, last = _positions(layout, entering)
-    return chunked.gradient_of_state(terms, layout, dO, dht[entering], first, last)
-
-
-def _crossing(context: CPContext, num_sequences: int) -> tuple[slice, slice]:
-    """Local sequences that may enter from the left and leave to the right: all rows, or the first and the last
-    piece."""
-    if len(context.pieces) == 1:
-        return slice(0, num_sequences), slice(0, num_sequences)
-    return slice(0, 1), slice(num_sequences - 1, num_sequences)
-
-
-def _positions(layout, sequences: slice) -> tuple[int, int]:
-    count = sequences.stop - sequences.start
-    first = layout.order.index(sequences.start)
-    return first, first + count
-
-
-def _documents(context: CPContext, num_sequences: int) -> slice:
-    """Rows of a [N, ...] state that belong to the local sequences: documents are numbered in order."""
-    first = context.pieces[0].doc
-    return slice(first, first + num_sequences)
-
-
-def _ended(context: CPContext, num_sequences: int) -> slice:
-    """Local sequences whose document ends in this shard."""
-    _, leaving = _crossing(context, num_sequences)
-    return slice(0, leaving.start if context.crosses_right else num_sequences)
 
 
 def _context_for(q: Tensor, cu_seqlens, cp_context: CPContext | None) -> CPContext:
@@ -327,17 +230,27 @@ def _check_values(
         raise ValueError("; ".join(found))
 
 
-def _pick_engine(engine: str, device: str) -> None:
-    if engine == "tilelang":
-        raise ValueError(
-            'engine="tilelang" has no backward yet and cannot train; use engine="torch", or "auto", which picks it'
-        )
-    if engine not in ("auto", "torch"):
+def _pick_engine(engine: str, inputs: tuple[Tensor, ...]) -> str:
+    if engine not in ("auto", "torch", "tilelang"):
         raise ValueError(f"engine={engine!r} is unknown; choose torch, tilelang or auto")
-    if engine == "auto":
-        _announce("torch", device)
+    if engine == "torch":
+        return "torch"
+    obstacle = hopper.obstacle(inputs[0], inputs[2])
+    if obstacle is None and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        obstacle = (
+            "it has no backward yet, so it serves calls without gradients (torch.no_grad) only"
+        )
+    if engine == "tilelang":
+        if obstacle is not None:
+            raise ValueError(
+                f'engine="tilelang" cannot take this call: {obstacle}; use engine="torch", or "auto", which picks it'
+            )
+        return "tilelang"
+    picked = "torch" if obstacle else "tilelang"
+    _announce(picked, inputs[0].device.type, obstacle)
+    return picked
 
 
 @functools.cache
-def _announce(engine: str, device: str) -> None:
-    log.info("engine auto: %s on %s", engine, device)
+def _announce(engine: str, device: str, obstacle: str | None) -> None:
+    log.info("engine auto picked %s on %s%s", engine, device, f" ({obstacle})" if obstacle else "")

@@ -287,7 +287,7 @@ BAD = {
     "offsets not increasing": (dict(cu_seqlens=[0, 5, 5, 8]), "not increasing"),
     "offsets too short": (dict(cu_seqlens=[0, 5]), "must run from 0 to seq_len"),
     "engine": (dict(engine="cuda"), "choose torch, tilelang or auto"),
-    "no tilelang backward": (dict(engine="tilelang"), "no backward yet"),
+    "no Hopper GPU": (dict(engine="tilelang"), "runs on Hopper GPUs"),
 }
 
 

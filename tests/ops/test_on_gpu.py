@@ -111,3 +111,65 @@ def _sync_free_step(rank, size, exchange):
 @pytest.mark.parametrize("exchange", ["ring", "all_to_all", "all_gather", "serial"])
 def test_a_sharded_step_never_waits_for_the_device(exchange):
     assert run_ranks(2, _sync_free_step, exchange, backend="nccl") == [True, True]
+
+
+def kernel_case(T, N, *, B=1, decay=None):
+    """bf16 inputs of the kernels' sizes, and the float64 recurrence of what they hold after rounding."""
+    case = make_case(T, 1, 4, 128, 128, B=B, N=N)
+    q, k, v, g, beta, h0 = case.inputs
+    low = [x.bfloat16() for x in (q, k, v)] + [g.float(), beta.float(), h0.float()]
+    return type(case)(tuple(low), case.do, case.dfinal)
+
+
+def recurrence_of(case, cu_seqlens=None):
+    wide = [x.double() for x in case.inputs]
+    return recurrent_gated_delta_rule(
+        *wide[:5], initial_state=wide[5], cu_seqlens=cu_seqlens, use_qk_l2norm_in_kernel=True
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("B", "cu_seqlens"), [(1, None), (3, None), (1, PACKED)])
+def test_tilelang_engine_without_gradients(B, cu_seqlens):
+    case = kernel_case(300, len(cu_seqlens) - 1 if cu_seqlens else B, B=B)
+    inputs = [x.cuda() for x in case.inputs]
+    with torch.no_grad():
+        o, final = chunk_gated_delta_rule(
+            *inputs[:5],
+            initial_state=inputs[5],
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            cu_seqlens=cu_seqlens,
+            engine="tilelang",
+        )
+    ref = recurrence_of(case, cu_seqlens)
+    assert_close([o.cpu(), final.cpu()], list(ref), 8e-3, ("o", "final_state"))
+    with pytest.raises(ValueError, match="no backward yet"):
+        chunk_gated_delta_rule(inputs[0].requires_grad_(), *inputs[1:5], engine="tilelang")
+
+
+def _kernels_over_ranks(rank, size, case, cu_seqlens, sizes, exchange):
+    context = build_cp_context(
+        dist.group.WORLD, seq_len=300, cu_seqlens=cu_seqlens, shard_sizes=sizes, exchange=exchange
+    )
+    inputs = [x.cuda() for x in case.inputs]
+    with torch.no_grad():
+        o, final = chunk_gated_delta_rule(
+            *(context.shard(x) for x in inputs[:5]),
+            initial_state=inputs[5],
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            cp_context=context,
+            engine="tilelang",
+        )
+    return [context.gather(o).cpu(), final.cpu()]
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("exchange", ["ring", "all_to_all", "all_gather", "serial"])
+@pytest.mark.parametrize(("cu_seqlens", "sizes"), [(None, [128, 172]), (PACKED, [100, 200])])
+def test_tilelang_engine_over_two_gpus(exchange, cu_seqlens, sizes):
+    case = kernel_case(300, len(cu_seqlens) - 1 if cu_seqlens else 1)
+    ref = list(recurrence_of(case, cu_seqlens))
+    for got in run_ranks(2, _kernels_over_ranks, case, cu_seqlens, sizes, exchange, backend="nccl"):
+        assert_close(got, ref, 8e-3, ("o", "final_state"))

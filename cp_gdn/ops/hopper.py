@@ -1,0 +1,88 @@
+"""The tilelang engine: calls of the operator on the Hopper kernels of :mod:`cp_gdn.kernels`.
+
+Same calls as the torch engine (chunked.TorchRun), forward only. Nothing here reads the device, and TileLang is
+imported at the first call that uses it.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ..context import CPContext
+from ..scan import Summary, apply
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def _has_tilelang() -> bool:
+    return importlib.util.find_spec("tilelang") is not None
+
+
+def obstacle(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot take these inputs, or None if they can."""
+    if not q.is_cuda or not _is_hopper(q.device):
+        return "it runs on Hopper GPUs (compute capability 9.0)"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bf16 and fp16, not {q.dtype}"
+    if q.shape[3] != 128 or v.shape[3] != 128:
+        return f"it takes K = V = 128, not K = {q.shape[3]}, V = {v.shape[3]}"
+    if not _has_tilelang():
+        return "TileLang is not installed (pip install 'cp-gdn[hopper]')"
+    return None
+
+
+class HopperRun:
+    """One call of the operator on the kernels; states [n, Hv, K, V] fp32, sequences as in chunked.TorchRun."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        scale: float,
+        normalize: bool,
+        context: CPContext,
+    ):
+        self._inputs, self._scale, self._normalize = (q, k, v, g, beta), scale, normalize
+        packed = len(context.pieces) > 1
+        self._offsets = context.local_offsets.to(q.device) if packed else None
+        self._last = context.pieces[-1]
+        self.num_sequences = len(context.pieces) if packed else q.shape[0]
+
+    def zero_states(self) -> Tensor:
+        q, _, v = self._inputs[:3]
+        return q.new_zeros(
+            self.num_sequences, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32
+        )
+
+    def summarise(self, h0: Tensor, sequences: slice, *, transition: bool) -> Summary:
+        """Summary of the sequences that leave: all rows, or the last piece."""
+        from ..kernels.forward import chunk_gdn_summary
+
+        tokens = slice(self._last.start, self._last.end)
+        leaving = (x[:, tokens] for x in self._inputs[1:])
+        M, S = chunk_gdn_summary(*leaving, use_qk_l2norm_in_kernel=self._normalize)
+        return Summary(M if transition else None, apply(Summary(M, S), h0))
+
+    def forward(self, h0: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [B, T, Hv, V] and final states."""
+        from ..kernels.forward import chunk_gdn_forward
+
+        o, states, _ = chunk_gdn_forward(
+            *self._inputs,
+            scale=self._scale,
+            initial_state=h0,
+            cu_seqlens=self._offsets,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=self._normalize,
+        )
+        assert states is not None
+        return o, states
