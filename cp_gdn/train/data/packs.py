@@ -1,10 +1,12 @@
-"""Packs of seq_len tokens: an epoch's documents, shuffled, laid end to end and cut.
+"""Packs of seq_len tokens: an epoch's documents, shuffled, laid end to end and cut; the packs shuffled again.
 
 With the documents in the order o_0, o_1, ... and c_j the tokens before o_j, pack i holds the
 stretch [i L, (i + 1) L) of that stream, found by a binary search in c. So a pack is a pure function
 of (seed, epoch, i) and the loader's state is two integers. A document that the end of a pack cuts
 goes on as a new document in the next pack; no target is lost by that, because the label of the last
-token before the cut is the token after it. The end of the epoch is filled up with padding.
+token before the cut is the token after it. The end of the epoch is filled up with padding. The
+packs are handed out in an order of their own, or a document of many packs would fill many steps in
+a row.
 """
 
 from collections.abc import Iterator
@@ -86,7 +88,7 @@ class PackLoader:
             self.epoch, self.sample, self._stream = self.epoch + 1, 0, None
         if self._stream is None:
             shuffle_key = (self._seed, self.epoch) if self._shuffle else None
-            self._stream = _Stream(self._store, shuffle_key)
+            self._stream = _Stream(self._store, shuffle_key, num_packs=self.num_packs)
         pack = self._stream.pack(self.sample * self._dp_size + self._dp_rank, self._seq_len)
         self.sample += 1
         return pack
@@ -145,20 +147,24 @@ def validation_packs(
 
 
 class _Stream:
-    """One epoch's documents end to end."""
+    """One epoch's documents end to end, and the order of its packs."""
 
-    def __init__(self, store: TokenStore, shuffle_key: tuple[int, int] | None):
+    def __init__(self, store: TokenStore, shuffle_key: tuple[int, int] | None, *, num_packs: int):
         self._tokens, self._eos_id = store.tokens, store.eos_id
         order: npt.NDArray[np.int64] | slice = slice(None)
+        self._pack_order = np.arange(num_packs)
         if shuffle_key is not None:
             # numpy keeps a generator's raw bits from version to version, but not its permutations.
-            bits = np.random.PCG64(shuffle_key).random_raw(store.num_documents)
-            order = np.argsort(bits, kind="stable")
+            bits = np.random.PCG64(shuffle_key)
+            order = np.argsort(bits.random_raw(store.num_documents), kind="stable")
+            self._pack_order = np.argsort(bits.random_raw(num_packs), kind="stable")
         self._starts = store.starts[order]
         self._lengths = store.ends[order] - self._starts
         self._cumulative = np.cumsum(self._lengths)
 
-    def pack(self, index: int, seq_len: int) -> Pack:
+    def pack(self, place: int, seq_len: int) -> Pack:
+        """The pack that comes in place ``place`` of the epoch; past the last one, padding."""
+        index = int(self._pack_order[place]) if place < len(self._pack_order) else place
         input_ids = np.full(seq_len, self._eos_id, dtype=np.int64)
         labels = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
         starts, lengths, is_document_end = self._spans(index * seq_len, (index + 1) * seq_len)
