@@ -12,7 +12,7 @@ BIN := .venv/bin
 
 train: .venv/.installed
 	ranks=$$($(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)"); \
-	$(BIN)/torchrun --nproc-per-node $$ranks launch/train.py cp.size=$$ranks
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node $$ranks launch/train.py cp.size=$$ranks
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
