@@ -89,9 +89,9 @@ def _serial_against_one_gpu(rank, size):
 
 @pytest.mark.multi_gpu
 def test_serial_on_two_gpus_equals_one():
-    """To rounding: cuBLAS chooses a batched product's algorithm by the number of chunks, so not bit for bit."""
+    """To fp32 rounding: cuBLAS chooses a batched product's algorithm by the number of chunks."""
     for sharded, alone in run_ranks(2, _serial_against_one_gpu, backend="nccl"):
-        assert_close(sharded, alone, 1e-6)
+        assert_close(sharded, alone, 1e-5)
 
 
 def _sync_free_step(rank, size, exchange):
