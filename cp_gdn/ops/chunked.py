@@ -20,7 +20,8 @@ gradient of the gates
 is pairwise (row sums minus column sums of E = dP * P + dKKD * KKD), which stays exact under strong decay.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -230,19 +231,15 @@ class TorchRun:
     """One call of the operator on this engine; states [n, Hv, K, V] in the compute dtype, in the sequences' own order.
 
     ``sequences`` is a contiguous slice of sequences whose states are meant; a call with more than one piece a row
-    means one sequence, the first or the last.
+    means one sequence, the first or the last. ``kept`` and ``plan`` are what the forward hands to the backward:
+    nothing here, the terms are made again.
     """
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        scale: float,
-        layout: ChunkLayout,
-    ):
+    kept: tuple[Tensor, ...] = ()
+    plan: Any = None
+
+    def __init__(self, inputs: Sequence[Tensor], scale: float, layout: ChunkLayout):
+        q, k, v, g, beta = inputs
         self._terms = prepare(q, k, v, g, beta, scale, layout)
         self._layout, self._dtype = layout, v.dtype
         self.num_sequences = layout.num_sequences

@@ -10,7 +10,7 @@ transposed M of the forward. In the exchange "serial" nothing is summarised: a r
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,17 +71,36 @@ def chunk_gated_delta_rule(
     if debug_enabled():
         _check_values(g, beta, initial_state, context)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if picked == "tilelang":
-        run = hopper.HopperRun(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, context)
-        return sharded_forward(run, initial_state, output_final_state, context)[:2]
-    with torch.autocast(q.device.type, enabled=False):  # the recurrence stays in fp32
-        if use_qk_l2norm_in_kernel:
-            dtype = chunked.compute_dtype(q.dtype)
+    if picked == "torch" and use_qk_l2norm_in_kernel:
+        dtype = chunked.compute_dtype(q.dtype)
+        with torch.autocast(q.device.type, enabled=False):
             q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
-        o, final = _GatedDeltaRule.apply(
-            q, k, v, g, beta, initial_state, scale, output_final_state, context
-        )
+    o, final = _GatedDeltaRule.apply(
+        _Call(picked, scale, use_qk_l2norm_in_kernel, output_final_state, context),
+        initial_state,
+        q,
+        k,
+        v,
+        g,
+        beta,
+    )
     return o, final if output_final_state else None
+
+
+class _Call(NamedTuple):
+    """What a call is besides its tensors."""
+
+    engine: str
+    scale: float
+    normalize: bool
+    output_final_state: bool
+    context: CPContext
+
+    def run(self, inputs: Sequence[Tensor]) -> chunked.TorchRun | hopper.HopperRun:
+        if self.engine == "tilelang":
+            return hopper.HopperRun(inputs, self.scale, self.normalize, self.context)
+        q = inputs[0]
+        return chunked.TorchRun(inputs, self.scale, self.context.layout(q.shape[0], q.device))
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -89,56 +108,44 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor | None,
-        scale: float,
-        output_final_state: bool,
-        context: CPContext,
+        ctx: Any, call: _Call, initial_state: Tensor | None, *inputs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        run = chunked.TorchRun(q, k, v, g, beta, scale, context.layout(q.shape[0], q.device))
-        o, final, h0, transitions = sharded_forward(run, initial_state, output_final_state, context)
-        ctx.save_for_backward(q, k, v, g, beta, h0, transitions.own, transitions.by_rank)
-        ctx.context, ctx.scale = context, scale
+        with torch.autocast(inputs[0].device.type, enabled=False):  # the recurrence stays in fp32
+            run = call.run(inputs)
+            o, final, h0, transitions = sharded_forward(
+                run, initial_state, call.output_final_state, call.context
+            )
+        ctx.save_for_backward(*inputs, h0, transitions.own, transitions.by_rank, *run.kept)
+        ctx.call, ctx.plan = call, run.plan
         ctx.state_shape = None if initial_state is None else initial_state.shape
-        ctx.output_final_state = output_final_state
         return o, final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return _GatedDeltaRule._gradients(ctx, *grads)
-
-    @staticmethod
-    def _gradients(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, h0, own, by_rank = ctx.saved_tensors
-        context: CPContext = ctx.context
-        run = chunked.TorchRun(q, k, v, g, beta, ctx.scale, context.layout(q.shape[0], q.device))
-        out = sharded_backward(
-            run,
-            h0,
-            do,
-            dfinal if ctx.output_final_state else None,
-            comm.Transitions(own, by_rank),
-            context,
-        )
+        do, dfinal = grads
+        call: _Call = ctx.call
+        *inputs, h0, own, by_rank = ctx.saved_tensors[:8]
+        with torch.autocast(do.device.type, enabled=False):
+            run = call.run(inputs)
+            run.kept, run.plan = ctx.saved_tensors[8:], ctx.plan
+            out = sharded_backward(
+                run,
+                h0,
+                do,
+                dfinal if call.output_final_state else None,
+                comm.Transitions(own, by_rank),
+                call.context,
+            )
         d_initial = None
         if ctx.state_shape is not None:
-            if context.crosses_left:
-                out.dh0[crossing(context, run.num_sequences)[0]] = 0
+            if call.context.crosses_left:
+                out.dh0[crossing(call.context, run.num_sequences)[0]] = 0
             d_initial = out.dh0.new_zeros(ctx.state_shape)
-            d_initial[documents(context, run.num_sequences)] = out.dh0
-        inputs = (q, k, v, g, beta)
+            d_initial[documents(call.context, run.num_sequences)] = out.dh0
         return (
-            *(grad.to(x.dtype) for grad, x in zip(out[:5], inputs, strict=True)),
+            None,
             d_initial,
-            None,
-            None,
-            None,
+            *(grad.to(x.dtype) for grad, x in zip(out[:5], inputs, strict=True)),
         )
 
 
@@ -235,11 +242,8 @@ def _pick_engine(engine: str, inputs: tuple[Tensor, ...]) -> str:
         raise ValueError(f"engine={engine!r} is unknown; choose torch, tilelang or auto")
     if engine == "torch":
         return "torch"
-    obstacle = hopper.obstacle(inputs[0], inputs[2])
-    if obstacle is None and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        obstacle = (
-            "it has no backward yet, so it serves calls without gradients (torch.no_grad) only"
-        )
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    obstacle = hopper.obstacle(inputs[0], inputs[2], needs_gradients)
     if engine == "tilelang":
         if obstacle is not None:
             raise ValueError(

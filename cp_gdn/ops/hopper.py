@@ -1,17 +1,20 @@
 """The tilelang engine: calls of the operator on the Hopper kernels of :mod:`cp_gdn.kernels`.
 
-Same calls as the torch engine (chunked.TorchRun), forward only. Nothing here reads the device, and TileLang is
+Same calls as the torch engine (chunked.TorchRun). Nothing here reads the device, and TileLang is
 imported at the first call that uses it.
 """
 
 import functools
 import importlib.util
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..context import CPContext
 from ..scan import Summary, apply
+from .chunked import Gradients
 
 
 @functools.cache
@@ -24,8 +27,8 @@ def _has_tilelang() -> bool:
     return importlib.util.find_spec("tilelang") is not None
 
 
-def obstacle(q: Tensor, v: Tensor) -> str | None:
-    """Why the kernels cannot take these inputs, or None if they can."""
+def obstacle(q: Tensor, v: Tensor, needs_gradients: bool) -> str | None:
+    """Why the kernels cannot take this call, or None if they can."""
     if not q.is_cuda or not _is_hopper(q.device):
         return "it runs on Hopper GPUs (compute capability 9.0)"
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -34,23 +37,22 @@ def obstacle(q: Tensor, v: Tensor) -> str | None:
         return f"it takes K = V = 128, not K = {q.shape[3]}, V = {v.shape[3]}"
     if not _has_tilelang():
         return "TileLang is not installed (pip install 'cp-gdn[hopper]')"
+    if needs_gradients:
+        return "it has no backward yet and serves calls without gradients (torch.no_grad) only"
     return None
 
 
 class HopperRun:
-    """One call of the operator on the kernels; states [n, Hv, K, V] fp32, sequences as in chunked.TorchRun."""
+    """One call of the operator on the kernels; states [n, Hv, K, V] fp32, sequences as in chunked.TorchRun.
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        scale: float,
-        normalize: bool,
-        context: CPContext,
-    ):
+    ``kept`` and ``plan`` are what the forward kernels save for the backward ones.
+    """
+
+    kept: tuple[Tensor, ...] = ()
+    plan: Any = None
+
+    def __init__(self, inputs: Sequence[Tensor], scale: float, normalize: bool, context: CPContext):
+        q, k, v, g, beta = inputs
         self._inputs, self._scale, self._normalize = (q, k, v, g, beta), scale, normalize
         packed = len(context.pieces) > 1
         self._offsets = context.local_offsets.to(q.device) if packed else None
@@ -76,7 +78,7 @@ class HopperRun:
         """Outputs [B, T, Hv, V] and final states."""
         from ..kernels.forward import chunk_gdn_forward
 
-        o, states, _ = chunk_gdn_forward(
+        o, states, saved = chunk_gdn_forward(
             *self._inputs,
             scale=self._scale,
             initial_state=h0,
@@ -85,4 +87,44 @@ class HopperRun:
             use_qk_l2norm_in_kernel=self._normalize,
         )
         assert states is not None
+        self.kept = (saved.a, saved.gate, saved.rnorm, saved.states, saved.cu_seqlens)
+        self.plan = saved.plan
         return o, states
+
+    def receive_gradient(self, do: Tensor) -> None:
+        """Take the gradient of the outputs, [B, T, Hv, V], before the calls below."""
+        from ..kernels.forward import Saved
+
+        self._do = do.to(self._inputs[0].dtype).contiguous()
+        self._saved = Saved(*self.kept, plan=self.plan)
+
+    def summarise_reverse(self, dht: Tensor, sequences: slice) -> Tensor:
+        """dS_ext: gradient of the initial states of ``sequences``, from ``dht`` as far as it is known."""
+        from ..kernels.backward import chunk_gdn_reverse_summary
+
+        dfinal = self.zero_states()
+        dfinal[sequences] = dht
+        q, k = self._inputs[:2]
+        return chunk_gdn_reverse_summary(
+            q,
+            k,
+            self._saved,
+            self._do,
+            dfinal,
+            scale=self._scale,
+            use_qk_l2norm_in_kernel=self._normalize,
+        )[sequences]
+
+    def backward(self, h0: Tensor, dht: Tensor) -> Gradients:
+        from ..kernels.backward import chunk_gdn_backward
+
+        out = chunk_gdn_backward(
+            *self._inputs,
+            self._saved,
+            self._do,
+            dht,
+            scale=self._scale,
+            initial_state=h0,
+            use_qk_l2norm_in_kernel=self._normalize,
+        )
+        return Gradients(*out)

@@ -58,7 +58,7 @@ def sharded_forward(
 
 
 def sharded_backward(
-    run: chunked.TorchRun,
+    run: chunked.TorchRun | hopper.HopperRun,
     h0: Tensor,
     do: Tensor,
     dfinal: Tensor | None,
