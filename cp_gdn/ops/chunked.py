@@ -205,11 +205,14 @@ def backward(terms: Terms, layout: ChunkLayout, h0: Tensor, dO: Tensor, dht: Ten
     dq_in = t.gamma * t.scale * torch.matmul(dO, states.mT)
     dq = dq_in + torch.matmul(dQK, t.k)
 
-    E = (dP * t.P + dKKD * t.KKD).tril_(-1)  # the diagonal cancels exactly only if it is left out
-    out = (dK_out * t.k).sum(-1)
-    dG = E.sum(-1) - E.sum(-2) + (dq_in * t.q).sum(-1) - (t.gamma * dW * KS).sum(-1) - out
+    # What a pair of tokens adds to one gate it takes from another: summed in fp64, it cancels exactly.
+    wide = torch.float64
+    E = (dP * t.P + dKKD * t.KKD).tril_(-1)
+    out = (dK_out * t.k).sum(-1).to(wide)
+    dG = E.sum(-1, dtype=wide) - E.sum(-2, dtype=wide) - out
+    dG += (dq_in * t.q).sum(-1) - (t.gamma * dW * KS).sum(-1)
     dG[..., -1] += out.sum(-1) + t.gamma_C[..., 0, 0] * (dstates * states).sum((-1, -2))
-    dg = dG.double().flip(-1).cumsum(-1).flip(-1).to(dG.dtype)
+    dg = dG.flip(-1).cumsum(-1).flip(-1).to(t.v.dtype)
 
     def tokens_first(x: Tensor) -> Tensor:
         return layout.from_chunks(x.transpose(1, 2).contiguous())

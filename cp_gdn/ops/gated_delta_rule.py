@@ -124,10 +124,11 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         do, dfinal = grads
         call: _Call = ctx.call
-        *inputs, h0, own, by_rank = ctx.saved_tensors[:8]
+        saved = ctx.saved_tensors
+        inputs, (h0, own, by_rank), kept = saved[:5], saved[5:8], saved[8:]
         with torch.autocast(do.device.type, enabled=False):
             run = call.run(inputs)
-            run.kept, run.plan = ctx.saved_tensors[8:], ctx.plan
+            run.kept, run.plan = kept, ctx.plan
             out = sharded_backward(
                 run,
                 h0,

@@ -59,7 +59,9 @@ def test_engine_matches_the_recurrence(T, Hk, Hv, K, V, B, cu_seqlens):
     assert_close(one_rank(case.to(torch.float32), cu_seqlens), ref, 1e-5)
 
 
-def test_strong_decay_and_hostile_keys_stay_accurate_in_fp32():
+@pytest.mark.parametrize("seed", [0, 2, 11])
+def test_strong_decay_and_hostile_keys_stay_accurate_in_fp32(seed):
+    torch.manual_seed(seed)
     case = make_case(192, 1, 4, 16, 16)
     q, k, v, g, beta, h0 = case.inputs
     k = k[:, :1].expand_as(k).contiguous()  # every key the same

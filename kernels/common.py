@@ -1,0 +1,156 @@
+"""What the kernels share: target, chunk geometry, fragment layouts, and the way a packed batch is cut.
+
+Documents are packed along one token axis; document i holds tokens cu[i] to cu[i + 1] - 1 and its
+grid of chunks starts at its first token. Blocks of B tokens (chunks of 64, segments of a multiple
+of 64) are numbered without a prefix sum over documents: block j of document i lives in slot
+
+    cu[i] // B + i + j.
+
+Slots of different documents never meet, because a document of n tokens needs at most
+floor(cu[i + 1] / B) - floor(cu[i] / B) + 1 of them, and there are total // B + N slots in all, a
+number known on the host from shapes alone. Slots that no document uses stay empty.
+"""
+
+import tilelang
+import tilelang.language as T
+from tilelang.cuda.intrinsics.macro.wgmma_macro_generator import TensorCoreIntrinEmitter
+
+CHUNK = 64
+TARGET = {"kind": "cuda", "arch": "sm_90a"}
+FLAGS = {
+    tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
+    # Every barrier is written out: TileLang would guard each copy of a warpgroup with its own.
+    tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
+    tilelang.PassConfigKey.TL_DISABLE_BUFFER_INIT_CHECK: True,
+    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
+}
+
+
+def _accumulators(emitter) -> int:
+    """32-bit accumulators of a thread. TileLang 0.1.15 counts those of every warpgroup along M and
+    fences registers past the end of the fragment, which serialises the products around it."""
+    return emitter.wgmma_num_inst_m * emitter.warp_cols * emitter.local_size_out
+
+
+TensorCoreIntrinEmitter.wgmma_accum_regs = property(_accumulators)
+
+# Data movement between accumulators and shared memory that TileLang has no word for.
+MATRIX_COPIES = r"""
+#ifndef GDN_MATRIX_COPIES
+#define GDN_MATRIX_COPIES
+namespace gdn {
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return (unsigned)__cvta_generic_to_shared(p);
+}
+__device__ __forceinline__ void store_matrix_trans(void* tile, const void* registers) {
+  const unsigned* r = (const unsigned*)registers;
+  asm volatile("stmatrix.sync.aligned.x4.trans.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(tile)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+// Sum of squares of the 64 values that share 128 swizzled bytes with `p`.
+__device__ __forceinline__ float square_sum(const void* p, bool half) {
+  const uint4* row = (const uint4*)((size_t)p & ~(size_t)127);
+  float sum = 0;
+#pragma unroll 2
+  for (int i = 0; i < 8; ++i) {
+    const uint4 x = row[i];
+    const unsigned w[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float a, b;
+      if (half) {
+        asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+            : "=f"(a), "=f"(b) : "r"(w[j]));
+      } else {
+        a = __uint_as_float(w[j] << 16);
+        b = __uint_as_float(w[j] & 0xffff0000u);
+      }
+      sum += a * a + b * b;
+    }
+  }
+  return sum;
+}
+// The last chunks of a segment over which the log2 gates sum to less than `limit`: out[0] chunks.
+// out[1] is 0 if there are such, 1 if the decay over all `count` stays above the limit. `last` is
+// the final chunk's gate; a warp takes 32 chunks at a time.
+__device__ __forceinline__ void near_chunks(const float* last, long stride, int count, float limit,
+                                            int* out) {
+  const int lane = threadIdx.x & 31;
+  float sum = 0;
+  out[0] = count;
+  out[1] = 1;
+  for (int base = 0; base < count; base += 32) {
+    float d = base + lane < count ? last[-(base + lane) * stride] : 0.f;
+#pragma unroll
+    for (int i = 1; i < 32; i <<= 1) {
+      const float x = __shfl_up_sync(~0u, d, i);
+      if (lane >= i) d += x;
+    }
+    const unsigned past = __ballot_sync(~0u, sum + d < limit);
+    if (past) {
+      out[0] = min(count, base + __ffs(past));
+      out[1] = 0;
+      return;
+    }
+    sum += __shfl_sync(~0u, d, 31);
+  }
+}
+__device__ __forceinline__ void wait_named(int barrier) {
+  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+}
+}  // namespace gdn
+#endif
+"""
+
+
+def slots(tokens: int, documents: int, block: int) -> int:
+    """Number of slots that hold every block of `block` tokens of a packed batch."""
+    return tokens // block + documents
+
+
+def accumulator_layout(buffer):
+    """Rows over warps of 16, as the result of a wgmma lies in registers."""
+    return T.Fragment(
+        buffer.shape,
+        forward_thread_fn=lambda i, j: (i // 16) * 32 + (i % 8) * 4 + (j % 8) // 2,
+        forward_index_fn=lambda i, j: (j // 8) * 4 + ((i % 16) // 8) * 2 + j % 2,
+    )
+
+
+def transposed_layout(buffer):
+    """The same registers, with the buffer's indices the other way round."""
+    return T.Fragment(
+        buffer.shape,
+        forward_thread_fn=lambda j, i: (i // 16) * 32 + (i % 8) * 4 + (j % 8) // 2,
+        forward_index_fn=lambda j, i: (j // 8) * 4 + ((i % 16) // 8) * 2 + j % 2,
+    )
+
+
+# What find_segment leaves behind.
+DOC, PART, COUNT, ROW, CHUNK_SLOT, END, LAST = range(7)
+
+
+@T.macro
+def find_document(cu, slot, block, documents, bits, doc):
+    """doc[0] <- the last document whose first slot is not past `slot` (`bits` halvings)."""
+    doc[0] = 0
+    for step in T.serial(bits):
+        guess = doc[0] + (1 << (bits - 1 - step))
+        if guess < documents:
+            if T.truncdiv(cu[guess], block) + guess <= slot:
+                doc[0] = guess
+
+
+@T.macro
+def find_segment(cu, slot, segment, documents, bits, at):
+    """Where a segment of `segment` chunks lies: see the names above. COUNT is 0 in an empty slot."""
+    block = segment * CHUNK
+    find_document(cu, slot, block, documents, bits, at)
+    begin, end = cu[at[DOC]], cu[at[DOC] + 1]
+    chunks = T.truncdiv(end - begin + CHUNK - 1, CHUNK)
+    at[PART] = slot - T.truncdiv(begin, block) - at[DOC]
+    at[COUNT] = T.max(T.min(segment, chunks - at[PART] * segment), 0)
+    at[ROW] = begin + at[PART] * block
+    at[CHUNK_SLOT] = T.truncdiv(begin, CHUNK) + at[DOC] + at[PART] * segment
+    at[END] = end
+    at[LAST] = T.max(T.truncdiv(chunks + segment - 1, segment), 1) - 1

@@ -1,0 +1,66 @@
+"""How a packed batch is cut into segments that run side by side: host arithmetic on shapes only.
+
+A segment boundary costs a summary (and, where the gates decay slowly, its M) plus a step of the
+scan; too few segments leave multiprocessors idle. Document lengths live on the device, so the plan
+assumes equal ones; longer documents than that are cut into more segments, never into longer ones.
+"""
+
+from dataclasses import dataclass
+from math import ceil, inf
+
+from .common import CHUNK
+
+# Microseconds on an H200, fitted to measurements like those in docs/results/forward-h200.json: a
+# chunk of the main pass with one and with two halves of the value columns in a CTA, and the start
+# and end of each of its waves of CTAs; for summary and scan a constant, a wave, a chunk of the
+# serial chain, a step of the scan.
+CHUNK_US = {1: 1.35, 2: 2.1}
+WAVE_US = 5.0
+SPLIT_US = 20.0
+SUMMARY_WAVE_US = 8.0
+SUMMARY_CHUNK_US = 1.2
+SCAN_STEP_US = 2.0
+SLOW_HEADS = 0.25  # share of heads assumed to decay too slowly for truncation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`segment` chunks a segment, `halves` blocks of 64 value columns a CTA of the main pass;
+    without `split` no document has more than one segment, and there is nothing to summarise."""
+
+    segment: int
+    halves: int
+    split: bool
+
+
+def _cost(parts: int, chunks: int, lanes: int, halves: int, tiles: int, processors: int) -> float:
+    segment = ceil(chunks / parts)
+    ctas = lanes * parts * tiles // halves
+    waves = ceil(ctas / processors)
+    cost = waves * (segment * CHUNK_US[halves] + WAVE_US)
+    if parts > 1:
+        chains = SLOW_HEADS * lanes * (2 * parts - 3) / processors  # S_ext and M, a multiprocessor
+        cost += SPLIT_US + SCAN_STEP_US * (parts - 2) + max(1, chains) * segment * SUMMARY_CHUNK_US
+        cost += SUMMARY_WAVE_US * (parts - 1) * lanes / processors
+    return cost
+
+
+def plan_segments(
+    tokens: int, documents: int, value_heads: int, value_dim: int, *, packed: bool, processors: int
+) -> Plan:
+    """Segment length for `documents` sequences of `tokens` in all; `packed` ones differ in length."""
+    chunks = max(1, ceil(tokens / documents / CHUNK))
+    tiles = value_dim // 64
+    lanes = documents * value_heads
+    best, plan = inf, Plan(chunks, 1, False)
+    for halves in (1, 2):
+        if tiles % halves:
+            continue
+        for parts in range(1, min(chunks, 64) + 1):
+            cost = _cost(parts, chunks, lanes, halves, tiles, processors)
+            if cost < best:
+                best, plan = cost, Plan(ceil(chunks / parts), halves, parts > 1)
+    if packed:  # lengths differ: cut whatever exceeds a third of a multiprocessor's share
+        share = ceil(tokens / CHUNK * value_heads * tiles / plan.halves / processors)
+        plan = Plan(max(plan.segment, ceil(share / 3)), plan.halves, True)
+    return plan

@@ -1,0 +1,360 @@
+"""The main pass: states and outputs, one CTA a (segment, value head, tile of value columns).
+
+With row vectors per token, G the cumulative log gate in the chunk, gamma = exp(G), and
+a_ij = exp(G_i - G_j) beta_j (I + tril(diag(beta) K K^T, -1))^-1_ij from prepare.py, a chunk does
+
+    U = K S              W = V - gamma U            D = a W
+    O = scale gamma (Q S) + P D                     P_ij = scale exp(G_i - G_j) q_i k_j, j <= i
+    S <- gamma_C S + K^T (exp(G_C - G) D)
+
+(kernels of FlashQLA and of flash-linear-attention solve the same equations; the order is the
+"W-form" of docs/kernels.md). The state is kept transposed, [value columns, key columns], as the
+fp32 accumulator of a warpgroup for every 64 value columns. Its bf16 copy is the A operand of the
+next products straight from registers, so a chunk has no shared-memory round trip on its serial
+chain and no barrier between warpgroups. Roles in a CTA:
+
+    consumers   1 or 2 warpgroups, 64 value columns each: the chain and the output
+    auxiliary   1 warpgroup, a chunk ahead: P, and the gate vectors of the chunk
+    producer    1 warp: bulk copies of q, k, v, a and the gates, `stages` chunks deep
+
+L2-normalised queries and keys are never written: 1/|k| and 1/|q| scale the gate vectors and P.
+"""
+
+import tilelang
+import tilelang.language as T
+
+from .common import (
+    CHUNK,
+    CHUNK_SLOT,
+    COUNT,
+    DOC,
+    END,
+    FLAGS,
+    LAST,
+    MATRIX_COPIES,
+    PART,
+    ROW,
+    TARGET,
+    find_segment,
+    transposed_layout,
+)
+
+
+@tilelang.jit(target=TARGET, pass_configs=FLAGS)
+def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, stages=3):
+    C, K, HALF = CHUNK, 128, 64
+    BV = HALF * halves
+    tiles = value_dim // BV
+    workers = 128 * halves
+    f32, i32 = "float32", "int32"
+    L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
+    Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
+    N0, NT, NR = T.dynamic("N0"), T.dynamic("NT"), T.dynamic("NR")
+
+    @T.macro
+    def store_halves(os_, o, at, h, tile, tx):
+        if halves == 1:
+            T.tma_copy(os_, o[at : at + C, h, tile * BV : tile * BV + HALF])
+        else:
+            if tx < 128:
+                T.tma_copy(os_[:C, :], o[at : at + C, h, tile * BV : tile * BV + HALF])
+            else:
+                T.tma_copy(os_[C:, :], o[at : at + C, h, tile * BV + HALF : tile * BV + BV])
+
+    @T.prim_func
+    def main(
+        q: T.Tensor((L, Hk, K), dtype),
+        k: T.Tensor((L, Hk, K), dtype),
+        v: T.Tensor((L, Hv, value_dim), dtype),
+        a: T.Tensor((NC, Hv, C, C), dtype),
+        gate: T.Tensor((NC, Hv, C), f32),
+        rnorm: T.Tensor((NR, Hk, C), f32),
+        cu: T.Tensor((N1,), i32),
+        initial: T.Tensor((N0, Hv, K, value_dim), f32),
+        states: T.Tensor((NS, Hv, K, value_dim), f32),
+        o: T.Tensor((L, Hv, value_dim), dtype),
+        final: T.Tensor((NT, Hv, K, value_dim), f32),
+        scale: T.float32,
+        segment: T.int32,
+        bits: T.int32,
+        has_initial: T.int32,
+        want_final: T.int32,
+    ):
+        with T.Kernel(tiles, Hv, NS, threads=workers + 256) as (tile, h, slot):
+            T.import_source(MATRIX_COPIES)
+            ks = T.alloc_shared((stages, C, K), dtype)
+            qs = T.alloc_shared((stages, C, K), dtype)
+            as_ = T.alloc_shared((stages, C, C), dtype)
+            vs = T.alloc_shared((stages * halves * C, HALF), dtype)
+            ps = T.alloc_shared((2 * C, C), dtype)
+            os_ = T.alloc_shared((halves * C, HALF), dtype)
+            gs = T.alloc_shared((stages, C), f32)
+            ein = T.alloc_shared((2, C), f32)
+            eout = T.alloc_shared((2, C), f32)
+            eq = T.alloc_shared((2, C), f32)
+            if normalize:
+                rs = T.alloc_shared((stages, C), f32)
+                rq = T.alloc_shared((C,), f32)
+                square = T.alloc_local((1,), f32)
+
+            S = T.alloc_fragment((BV, K), f32)
+            Sb = T.alloc_fragment((BV, K), dtype)
+            U = T.alloc_fragment((BV, C), f32)
+            Ub = T.alloc_fragment((BV, C), dtype)
+            W = T.alloc_fragment((BV, C), f32)
+            Wd = T.alloc_fragment((BV, C), dtype)
+            Wb = T.alloc_fragment((BV, C), dtype)
+            O = T.alloc_fragment((BV, C), f32)
+            Ob = T.alloc_fragment((C, BV), dtype)
+            Vb = T.alloc_fragment((C, BV), dtype)
+            E = T.alloc_fragment((BV, C), f32)
+            F = T.alloc_fragment((BV, C), f32)
+            P = T.alloc_fragment((C, C), f32)
+            Pb = T.alloc_fragment((C, C), dtype)
+            T.annotate_layout(
+                {
+                    Ob: transposed_layout(Ob),
+                    Vb: transposed_layout(Vb),
+                    vs: tilelang.layout.make_swizzled_layout(vs),
+                    os_: tilelang.layout.make_swizzled_layout(os_),
+                    ps: tilelang.layout.make_swizzled_layout(ps),
+                }
+            )
+            full = T.alloc_barrier([32] * stages)
+            empty = T.alloc_barrier([workers + 128] * stages)
+            ready = T.alloc_barrier([128] * 2)
+            spent = T.alloc_barrier([workers] * 2)
+
+            tx = T.get_thread_binding()
+            at = T.alloc_local((7,), i32)
+            find_segment(cu, slot, segment, N1 - 1, bits, at)
+            n = at[COUNT]
+            row = at[ROW]
+
+            if tx < workers:
+                T.set_max_nreg(208 if halves == 2 else 240, 1)
+                T.clear(S)
+                if at[PART] == 0:
+                    if has_initial != 0:
+                        for x, y in T.Parallel(BV, K):
+                            S[x, y] = initial[at[DOC], h, y, tile * BV + x]
+                else:
+                    for x, y in T.Parallel(BV, K):
+                        S[x, y] = states[slot - 1, h, y, tile * BV + x]
+                for c in T.serial(n):
+                    s = c % stages
+                    b = c % 2
+                    T.mbarrier_wait_parity(full[s], (c // stages) % 2)
+                    decay = T.exp2(gs[s, C - 1])
+                    T.copy(S, Sb)
+                    for x, y in T.Parallel(BV, K):
+                        S[x, y] *= decay
+                    T.wgmma_gemm(
+                        Sb,
+                        ks[s, :, :],
+                        U,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    for x in T.unroll(4):
+                        T.call_extern(
+                            "handle",
+                            "tl::ptx_ldmatrix_x4_trans",
+                            T.access_ptr(
+                                vs[
+                                    (s * halves + tx // 128) * C
+                                    + x * 16
+                                    + tx % 32 // 16 * 8
+                                    + tx % 8,
+                                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
+                                ],
+                                "r",
+                            ),
+                            T.access_ptr(
+                                Vb[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"
+                            ),
+                        )
+                    if c > 0:
+                        T.tma_store_wait()
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                        for x in T.unroll(4):
+                            T.call_extern(
+                                "handle",
+                                "gdn::store_matrix_trans",
+                                T.access_ptr(
+                                    os_[
+                                        tx // 128 * C + x * 16 + tx % 32 // 16 * 8 + tx % 8,
+                                        tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
+                                    ],
+                                    "w",
+                                ),
+                                T.access_ptr(
+                                    Ob[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "r"
+                                ),
+                            )
+                        T.fence_proxy_async()
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                        store_halves(os_, o, row + (c - 1) * C, h, tile, tx)
+                    T.mbarrier_wait_parity(ready[b], (c // 2) % 2)
+                    for x, y in T.Parallel(BV, C):
+                        E[x, y] = ein[b, y]
+                    T.wait_wgmma(0)
+                    for x, y in T.Parallel(BV, C):
+                        Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
+                    T.wgmma_gemm(
+                        Ub,
+                        as_[s, :, :],
+                        W,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    T.wgmma_gemm(
+                        Sb,
+                        qs[s, :, :],
+                        O,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    for x, y in T.Parallel(BV, C):
+                        F[x, y] = eout[b, y]
+                    T.wait_wgmma(1)
+                    for x, y in T.Parallel(BV, C):
+                        Wd[x, y] = W[x, y] * F[x, y]
+                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                    T.copy(W, Wb)
+                    T.wait_wgmma(1)
+                    for x, y in T.Parallel(BV, C):
+                        O[x, y] *= eq[b, y]
+                    T.wgmma_gemm(
+                        Wb,
+                        ps[b * C : (b + 1) * C, :],
+                        O,
+                        transpose_B=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    T.wait_wgmma(0)
+                    T.mbarrier_arrive(empty[s])
+                    T.mbarrier_arrive(spent[b])
+                    for x, y in T.Parallel(BV, C):
+                        Ob[y, x] = O[x, y]
+                if n > 0:
+                    T.tma_store_wait()
+                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                    for x in T.unroll(4):
+                        T.call_extern(
+                            "handle",
+                            "gdn::store_matrix_trans",
+                            T.access_ptr(
+                                os_[
+                                    tx // 128 * C + x * 16 + tx % 32 // 16 * 8 + tx % 8,
+                                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
+                                ],
+                                "w",
+                            ),
+                            T.access_ptr(
+                                Ob[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "r"
+                            ),
+                        )
+                    T.fence_proxy_async()
+                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                    last = row + (n - 1) * C
+                    if last + C <= at[END]:
+                        store_halves(os_, o, last, h, tile, tx)
+                    else:
+                        for x in T.serial(C // 16):
+                            r = x * 16 + tx % 128 // 8
+                            if last + r < at[END]:
+                                for y in T.vectorized(8):
+                                    o[
+                                        last + r, h, tile * BV + tx // 128 * HALF + tx % 8 * 8 + y
+                                    ] = os_[tx // 128 * C + r, tx % 8 * 8 + y]
+                    T.tma_store_wait()
+                if want_final != 0:
+                    if at[PART] == at[LAST]:
+                        for x, y in T.Parallel(BV, K):
+                            final[at[DOC], h, y, tile * BV + x] = S[x, y]
+            else:
+                if tx < workers + 128:
+                    T.set_max_nreg(72 if halves == 2 else 104, 0)
+                    t = tx - workers
+                    for c in T.serial(n):
+                        s = c % stages
+                        b = c % 2
+                        T.mbarrier_wait_parity(full[s], (c // stages) % 2)
+                        if normalize:
+                            square[0] = T.call_extern(
+                                f32,
+                                "gdn::square_sum",
+                                T.access_ptr(qs[s, t // 2, t % 2 * (K // 2)], "r"),
+                                dtype == "float16",
+                            )
+                            square[0] += T.shfl_xor(square[0], 1)
+                            rq[t // 2] = scale * T.rsqrt(square[0] + 1e-6)
+                            T.call_extern("handle", "gdn::wait_named", 3)
+                        T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
+                        if t < C:
+                            G = gs[s, t]
+                            if normalize:
+                                ein[b, t] = T.exp2(G) * rs[s, t]
+                                eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
+                                eq[b, t] = T.exp2(G) * rq[t]
+                            else:
+                                ein[b, t] = T.exp2(G)
+                                eout[b, t] = T.exp2(gs[s, C - 1] - G)
+                                eq[b, t] = T.exp2(G) * scale
+                        T.wgmma_gemm(
+                            qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                        )
+                        T.wait_wgmma(0)
+                        # the mask comes after the arithmetic: branches here cost more than exps
+                        for x, y in T.Parallel(C, C):
+                            P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
+                        if normalize:
+                            for x, y in T.Parallel(C, C):
+                                P[x, y] *= rq[x] * rs[s, y]
+                        else:
+                            for x, y in T.Parallel(C, C):
+                                P[x, y] *= scale
+                        for x, y in T.Parallel(C, C):
+                            P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
+                        T.copy(P, Pb)
+                        T.copy(Pb, ps[b * C : (b + 1) * C, :])
+                        T.fence_proxy_async()
+                        if normalize:  # rq is read before the next chunk writes it
+                            T.call_extern("handle", "gdn::wait_named", 3)
+                        T.mbarrier_arrive(ready[b])
+                        T.mbarrier_arrive(empty[s])
+                else:
+                    T.set_max_nreg(24, 0)
+                    if tx < workers + 160:
+                        hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
+                        for c in T.serial(n):
+                            s = c % stages
+                            r0 = row + c * C
+                            T.mbarrier_wait_parity(empty[s], (c // stages) % 2 ^ 1)
+                            T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
+                            T.tma_copy(q[r0 : r0 + C, hk, :], qs[s, :, :], barrier=full[s])
+                            T.tma_copy(gate[at[CHUNK_SLOT] + c, h, :], gs[s, :], barrier=full[s])
+                            if normalize:
+                                T.tma_copy(
+                                    rnorm[at[CHUNK_SLOT] + c, hk, :], rs[s, :], barrier=full[s]
+                                )
+                            T.tma_copy(
+                                a[at[CHUNK_SLOT] + c, h, :, :], as_[s, :, :], barrier=full[s]
+                            )
+                            for half in range(halves):
+                                T.tma_copy(
+                                    v[
+                                        r0 : r0 + C,
+                                        h,
+                                        tile * BV + half * HALF : tile * BV + (half + 1) * HALF,
+                                    ],
+                                    vs[(s * halves + half) * C : (s * halves + half + 1) * C, :],
+                                    barrier=full[s],
+                                )
+                            T.mbarrier_arrive(full[s])
+
+    return main

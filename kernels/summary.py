@@ -1,0 +1,238 @@
+"""Segment summaries, S_out = M S_in + S_ext: one CTA a (segment, value head, S_ext or M).
+
+The chain of recurrence.py without outputs, on 128 columns: for S_ext the value columns, from the
+state that enters (zero, or the initial state at a document's first segment, whose summary is then
+its outgoing state and needs no M); for M the 128 columns of the identity, with V = 0. Operands of
+the serial chain stay in registers, two warpgroups of 64 columns each.
+
+Which work is done is decided on the device, a (segment, head) at a time:
+    whole = 0   for the main pass: neither S_ext nor M of a document's last segment, no M of its first
+    whole = 1   for context parallelism: all, from zero states
+    truncate    where the keys have unit norm and beta lies in [0, 1], |M| <= exp(sum of log gates).
+                Below 2^-24 (an fp32 state cannot show it) M is not computed and S_ext starts at the
+                first chunk from the end before which the gates decay that far.
+`live` says whether M was written. M leaves as two bf16 numbers, M = high + low, for scan.py.
+"""
+
+import tilelang
+import tilelang.language as T
+
+from .common import (
+    CHUNK,
+    CHUNK_SLOT,
+    COUNT,
+    DOC,
+    FLAGS,
+    LAST,
+    MATRIX_COPIES,
+    PART,
+    ROW,
+    TARGET,
+    find_segment,
+    transposed_layout,
+)
+
+LOG2_NEGLIGIBLE = -24.0  # log2 of the decay below which a state is dropped: exp(-16.6)
+
+
+@tilelang.jit(target=TARGET, pass_configs=FLAGS)
+def summary(*, dtype="bfloat16", normalize=False, stages=4):
+    C, K, V = CHUNK, 128, 128
+    f32, i32 = "float32", "int32"
+    L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
+    Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
+    N0, NR = T.dynamic("N0"), T.dynamic("NR")
+
+    @T.prim_func
+    def main(
+        k: T.Tensor((L, Hk, K), dtype),
+        v: T.Tensor((L, Hv, V), dtype),
+        a: T.Tensor((NC, Hv, C, C), dtype),
+        gate: T.Tensor((NC, Hv, C), f32),
+        rnorm: T.Tensor((NR, Hk, C), f32),
+        cu: T.Tensor((N1,), i32),
+        initial: T.Tensor((N0, Hv, K, V), f32),
+        states: T.Tensor((NS, Hv, K, V), f32),
+        maps: T.Tensor((NS, Hv, 2, K, K), "bfloat16"),
+        live: T.Tensor((NS, Hv), i32),
+        segment: T.int32,
+        bits: T.int32,
+        has_initial: T.int32,
+        truncate: T.int32,
+        whole: T.int32,
+    ):
+        with T.Kernel(2, Hv, NS, threads=384) as (kind, h, slot):
+            T.import_source(MATRIX_COPIES)
+            ks = T.alloc_shared((stages, C, K), dtype)
+            as_ = T.alloc_shared((stages, C, C), dtype)
+            vs = T.alloc_shared((stages * 2 * C, 64), dtype)
+            gs = T.alloc_shared((stages, C), f32)
+            ein = T.alloc_shared((stages, C), f32)
+            eout = T.alloc_shared((stages, C), f32)
+            if normalize:
+                rs = T.alloc_shared((stages, C), f32)
+            S = T.alloc_fragment((128, K), f32)
+            Sb = T.alloc_fragment((128, K), dtype)
+            U = T.alloc_fragment((128, C), f32)
+            Ub = T.alloc_fragment((128, C), dtype)
+            W = T.alloc_fragment((128, C), f32)
+            Wd = T.alloc_fragment((128, C), dtype)
+            Vb = T.alloc_fragment((C, 128), dtype)
+            E = T.alloc_fragment((128, C), f32)
+            F = T.alloc_fragment((128, C), f32)
+            T.annotate_layout(
+                {Vb: transposed_layout(Vb), vs: tilelang.layout.make_swizzled_layout(vs)}
+            )
+            full = T.alloc_barrier([32] * stages)
+            scaled = T.alloc_barrier([64] * stages)
+            empty = T.alloc_barrier([256] * stages)
+            tx = T.get_thread_binding()
+
+            at = T.alloc_local((7,), i32)
+            find_segment(cu, slot, segment, N1 - 1, bits, at)
+            near = T.alloc_local((2,), i32)  # chunks that matter, and whether the state before does
+            near[0] = at[COUNT]
+            near[1] = 1
+            if truncate != 0 and at[COUNT] > 0:
+                T.call_extern(
+                    "handle",
+                    "gdn::near_chunks",
+                    T.access_ptr(gate[at[CHUNK_SLOT] + at[COUNT] - 1, h, C - 1], "r"),
+                    Hv * C,
+                    at[COUNT],
+                    LOG2_NEGLIGIBLE,
+                    T.access_ptr(near[0], "w"),
+                )
+            first = at[COUNT] - near[0]
+            if whole == 0:
+                if at[PART] == 0 or at[PART] >= at[LAST]:
+                    near[1] = 0
+            n = T.alloc_local((1,), i32)
+            n[0] = near[0]
+            if whole == 0 and at[PART] >= at[LAST]:
+                n[0] = 0
+            if kind == 1 and near[1] == 0:
+                n[0] = 0
+            row = at[ROW] + first * C
+            chunk = at[CHUNK_SLOT] + first
+
+            if tx < 256:
+                T.set_max_nreg(232, 1)
+                if kind == 1:
+                    for x in T.serial(stages * C * 64 // 1024):
+                        for y in T.vectorized(8):
+                            vs[
+                                (x // (C // 16) * 2 + tx // 128) * C
+                                + x % (C // 16) * 16
+                                + tx % 128 // 8,
+                                tx % 8 * 8 + y,
+                            ] = 0
+                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                    for x, y in T.Parallel(128, K):
+                        S[x, y] = T.if_then_else(x == y, 1.0, 0.0)
+                else:
+                    T.clear(S)
+                    if has_initial != 0 and at[PART] == 0 and first == 0:
+                        for x, y in T.Parallel(128, K):
+                            S[x, y] = initial[at[DOC], h, y, x]
+                for c in T.serial(n[0]):
+                    s = c % stages
+                    T.mbarrier_wait_parity(full[s], (c // stages) % 2)
+                    gamma = T.exp2(gs[s, C - 1])
+                    T.copy(S, Sb)
+                    for x, y in T.Parallel(128, K):
+                        S[x, y] *= gamma
+                    T.wgmma_gemm(
+                        Sb,
+                        ks[s, :, :],
+                        U,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    for x in T.unroll(4):
+                        T.call_extern(
+                            "handle",
+                            "tl::ptx_ldmatrix_x4_trans",
+                            T.access_ptr(
+                                vs[
+                                    (s * 2 + tx // 128) * C + x * 16 + tx % 32 // 16 * 8 + tx % 8,
+                                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
+                                ],
+                                "r",
+                            ),
+                            T.access_ptr(
+                                Vb[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"
+                            ),
+                        )
+                    T.mbarrier_wait_parity(scaled[s], (c // stages) % 2)
+                    for x, y in T.Parallel(128, C):
+                        E[x, y] = ein[s, y]
+                    for x, y in T.Parallel(128, C):
+                        F[x, y] = eout[s, y]
+                    T.wait_wgmma(0)
+                    for x, y in T.Parallel(128, C):
+                        Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
+                    T.wgmma_gemm(
+                        Ub,
+                        as_[s, :, :],
+                        W,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    T.wait_wgmma(0)
+                    for x, y in T.Parallel(128, C):
+                        Wd[x, y] = W[x, y] * F[x, y]
+                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                    T.wait_wgmma(0)
+                    T.mbarrier_arrive(empty[s])
+                if kind == 0:
+                    if at[COUNT] > 0 and (whole != 0 or at[PART] < at[LAST]):
+                        for x, y in T.Parallel(128, K):
+                            states[slot, h, y, x] = S[x, y]
+                    if tx == 0:
+                        live[slot, h] = near[1]
+                else:
+                    if near[1] != 0 and at[COUNT] > 0:
+                        for x, y in T.Parallel(128, K):
+                            high = T.cast(S[x, y], "bfloat16")
+                            maps[slot, h, 0, y, x] = high
+                            maps[slot, h, 1, y, x] = T.cast(S[x, y] - T.cast(high, f32), "bfloat16")
+            else:
+                T.set_max_nreg(40, 0)
+                if tx < 288:
+                    hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
+                    for c in T.serial(n[0]):
+                        s = c % stages
+                        r0 = row + c * C
+                        T.mbarrier_wait_parity(empty[s], (c // stages) % 2 ^ 1)
+                        T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
+                        T.tma_copy(gate[chunk + c, h, :], gs[s, :], barrier=full[s])
+                        if normalize:
+                            T.tma_copy(rnorm[chunk + c, hk, :], rs[s, :], barrier=full[s])
+                        T.tma_copy(a[chunk + c, h, :, :], as_[s, :, :], barrier=full[s])
+                        if kind == 0:
+                            for half in range(2):
+                                T.tma_copy(
+                                    v[r0 : r0 + C, h, half * 64 : half * 64 + 64],
+                                    vs[(s * 2 + half) * C : (s * 2 + half + 1) * C, :],
+                                    barrier=full[s],
+                                )
+                        T.mbarrier_arrive(full[s])
+                else:
+                    if tx >= 320:
+                        t = tx - 320
+                        for c in T.serial(n[0]):
+                            s = c % stages
+                            T.mbarrier_wait_parity(full[s], (c // stages) % 2)
+                            G = gs[s, t]
+                            if normalize:
+                                ein[s, t] = T.exp2(G) * rs[s, t]
+                                eout[s, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
+                            else:
+                                ein[s, t] = T.exp2(G)
+                                eout[s, t] = T.exp2(gs[s, C - 1] - G)
+                            T.mbarrier_arrive(scaled[s])
+
+    return main

@@ -1,0 +1,89 @@
+"""Which compiled kernels a model needs, and what the compiler says of them. No GPU is touched."""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import tilelang
+from tilelang import tvm
+from tilelang.engine.lower import lower
+
+from .common import FLAGS, TARGET
+from .prepare import prepare
+from .recurrence import recurrence
+from .scan import scan
+from .summary import summary
+
+KERNELS = {"prepare": prepare, "summary": summary, "scan": scan, "recurrence": recurrence}
+
+
+class Variant(NamedTuple):
+    kernel: str
+    options: dict[str, Any]
+
+    def compile(self):
+        """Into TileLang's cache, unless it is there. The explicit target makes the entry portable
+        to a machine with a GPU."""
+        return KERNELS[self.kernel](**self.options)
+
+    def source(self) -> str:
+        """CUDA source of the kernel, without calling nvcc."""
+        function = KERNELS[self.kernel].get_tir(**self.options)
+        flags = {flag.value: on for flag, on in FLAGS.items()}
+        target = tvm.target.Target(TARGET)
+        with tvm.transform.PassContext(opt_level=3, config=flags), target:
+            return lower(function, target=target).kernel_source
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.kernel}({options})"
+
+
+def variants(
+    key_heads: int,
+    value_heads: int,
+    *,
+    dtype: str = "bfloat16",
+    gate_dtype: str = "float32",
+    beta_dtype: str = "float32",
+    normalize: tuple[bool, ...] = (False, True),
+) -> Iterator[Variant]:
+    """Every kernel that a model with these heads can call, whatever its sequences look like."""
+    for norm in normalize:
+        common = {"dtype": dtype, "normalize": norm}
+        yield Variant(
+            "prepare",
+            {
+                "ratio": value_heads // key_heads,
+                "gate_dtype": gate_dtype,
+                "beta_dtype": beta_dtype,
+                **common,
+            },
+        )
+        yield Variant("summary", common)
+        for halves in (1, 2):
+            yield Variant("recurrence", {"value_dim": 128, "halves": halves, **common})
+    yield Variant("scan", {})
+    yield Variant("scan", {"whole": True})
+
+
+def assemble(source: str) -> tuple[str, str]:
+    """PTX of a kernel's CUDA source, and ptxas' report on it (registers, spills, C75xx messages)."""
+    root = os.path.dirname(tilelang.__file__)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cu")
+        with open(path, "w") as file:
+            file.write(source)
+        command = [
+            "nvcc", "-std=c++20", "-O3", "--use_fast_math", "-DENABLE_BF16", "-keep", "-keep-dir",
+            folder, "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v",
+            f"-I{root}/src", f"-I{root}/3rdparty/cutlass/include", path,
+            "-o", os.path.join(folder, "kernel.cubin"),
+        ]  # fmt: skip
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise RuntimeError(run.stderr)
+        with open(os.path.join(folder, "kernel.ptx")) as file:
+            return file.read(), run.stderr

@@ -1,0 +1,87 @@
+"""Compile the Hopper kernels of a model ahead of time: ``python launch/compile.py model=1b``
+
+Fills TileLang's cache (TILELANG_CACHE_DIR) on any machine with nvcc, GPU or not, so that the first
+training step does not wait for a compiler; copied to the training machine, the entries are found
+there. Arguments, all optional:
+
+    model=NAME                      a file of recipes/model; or key_heads=16 value_heads=64
+    dtype=bfloat16 gate_dtype=float32 beta_dtype=float32
+    jobs=2                          compilers side by side
+"""
+
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+from cp_gdn.kernels.variants import Variant, variants
+
+MODELS = Path(__file__).resolve().parent.parent / "recipes" / "model"
+
+
+@dataclass
+class Options:
+    model: str | None = None
+    key_heads: int = 16
+    value_heads: int = 32
+    dtype: str = "bfloat16"
+    gate_dtype: str = "float32"
+    beta_dtype: str = "float32"
+    jobs: int = 2
+
+
+def heads(options: Options) -> tuple[int, int]:
+    if options.model is None:
+        return options.key_heads, options.value_heads
+    path = MODELS / f"{options.model}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in MODELS.glob("*.yaml")))
+        raise ValueError(f"model={options.model} is not in {MODELS}; there are {known}")
+    recipe = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(recipe, dict)
+    for name in ("linear_key_head_dim", "linear_value_head_dim"):
+        if recipe[name] != 128:
+            raise ValueError(f"{options.model} has {name} = {recipe[name]}; the kernels take 128")
+    return recipe["linear_num_key_heads"], recipe["linear_num_value_heads"]
+
+
+def build(variant: Variant) -> tuple[Variant, float]:
+    start = time.perf_counter()
+    variant.compile()
+    return variant, time.perf_counter() - start
+
+
+def main(arguments: list[str]) -> None:
+    schema = OmegaConf.structured(Options)
+    options = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(arguments)))
+    assert isinstance(options, Options)
+    key_heads, value_heads = heads(options)
+    if value_heads % key_heads:
+        raise ValueError(f"{value_heads} value heads are no multiple of {key_heads} key heads")
+    wanted = list(
+        variants(
+            key_heads,
+            value_heads,
+            dtype=options.dtype,
+            gate_dtype=options.gate_dtype,
+            beta_dtype=options.beta_dtype,
+        )
+    )
+    with ProcessPoolExecutor(options.jobs) as pool, tqdm(total=len(wanted), unit="kernel") as bar:
+        for done in as_completed([pool.submit(build, variant) for variant in wanted]):
+            variant, seconds = done.result()
+            bar.update()
+            bar.write(f"{seconds:6.1f} s  {variant}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OmegaConfBaseException) as problem:
+        print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
+        raise SystemExit(2) from problem

@@ -1,0 +1,65 @@
+"""Every kernel compiles for sm_90a, without spills and with its products on the tensor cores.
+
+Needs nvcc of a CUDA 13 toolkit, no GPU. Without nvcc the tests fail where CI is set, so that they
+cannot vanish unseen, and are skipped elsewhere.
+"""
+
+import os
+import re
+import shutil
+
+import pytest
+
+pytestmark = pytest.mark.timeout(300)
+
+# The normalising variants contain everything that the others do. Products written in each kernel.
+PRODUCTS = {
+    ("prepare", 2): 1,
+    ("summary", None): 3,
+    ("recurrence", 1): 6,
+    ("recurrence", 2): 6,
+    ("scan", False): 3,
+    ("scan", True): 3,
+}
+SERIALISED = re.compile(r"C75(?:1[0-9])\)")
+
+
+def variant(kernel, option):
+    variants = pytest.importorskip("cp_gdn.kernels.variants", reason="tilelang is not installed")
+    options = {
+        "prepare": {"ratio": option, "normalize": True, "gate_dtype": "bfloat16"},
+        "summary": {"normalize": True},
+        "recurrence": {"halves": option, "normalize": True},
+        "scan": {"whole": option},
+    }
+    return variants, variants.Variant(kernel, options[kernel])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nvcc():
+    if shutil.which("nvcc") is None:
+        message = "nvcc is not on PATH: the kernels were not compiled (install the CUDA 13 toolkit)"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+@pytest.mark.parametrize("kernel, option", PRODUCTS, ids=str)
+def test_compiles_without_spills_or_serialised_products(kernel, option):
+    module, v = variant(kernel, option)
+    source = v.source()
+    ptx, report = module.assemble(source)
+    assert "0 bytes spill stores, 0 bytes spill loads" in report, report
+    assert not SERIALISED.search(report), report
+    assert source.count("tl::warpgroup_commit_batch();") == PRODUCTS[kernel, option]
+    assert "wgmma.mma_async" in ptx
+    if kernel != "prepare":  # whose inverse is 3xTF32 on mma.sync
+        assert "mma.sync" not in ptx.replace("wgmma.mma_async.sync", "")
+
+
+def test_a_spill_or_a_serialised_product_would_show():
+    """The report does tell: fewer registers than the accumulators need serialise every product."""
+    module, v = variant("recurrence", 2)
+    starved = v.source().replace("warpgroup_reg_alloc<208>", "warpgroup_reg_alloc<136>")
+    _, report = module.assemble(starved)
+    assert SERIALISED.search(report) or "0 bytes spill stores" not in report
