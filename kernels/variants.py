@@ -10,13 +10,24 @@ import tilelang
 from tilelang import tvm
 from tilelang.engine.lower import lower
 
+from .backward_beta import beta_gradient
+from .backward_chains import chains
+from .backward_gradients import SMALLEST_BETA, gradients
 from .common import FLAGS, TARGET
 from .prepare import prepare
 from .recurrence import recurrence
 from .scan import scan
 from .summary import summary
 
-KERNELS = {"prepare": prepare, "summary": summary, "scan": scan, "recurrence": recurrence}
+KERNELS = {
+    "prepare": prepare,
+    "summary": summary,
+    "scan": scan,
+    "recurrence": recurrence,
+    "chains": chains,
+    "gradients": gradients,
+    "beta_gradient": beta_gradient,
+}
 
 
 class Variant(NamedTuple):
@@ -49,8 +60,12 @@ def variants(
     gate_dtype: str = "float32",
     beta_dtype: str = "float32",
     normalize: tuple[bool, ...] = (False, True),
+    processors: int = 132,
 ) -> Iterator[Variant]:
-    """Every kernel that a model with these heads can call, whatever its sequences look like."""
+    """Every kernel that a model with these heads can call, whatever its sequences look like.
+
+    processors: multiprocessors of the GPU that will run them (132: H100 and H200 SXM).
+    """
     for norm in normalize:
         common = {"dtype": dtype, "normalize": norm}
         yield Variant(
@@ -65,6 +80,11 @@ def variants(
         yield Variant("summary", common)
         for halves in (1, 2):
             yield Variant("recurrence", {"value_dim": 128, "halves": halves, **common})
+        for store in (True, False):
+            yield Variant("chains", {"store": store, **common})
+        last = {"beta_dtype": beta_dtype, "processors": processors, **common}
+        yield Variant("gradients", {"ratio": value_heads // key_heads, **last})
+        yield Variant("beta_gradient", {"smallest": SMALLEST_BETA[dtype], **last})
     yield Variant("scan", {})
     yield Variant("scan", {"whole": True})
 

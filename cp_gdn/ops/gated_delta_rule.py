@@ -55,7 +55,8 @@ def chunk_gated_delta_rule(
         cu_seqlens: document offsets of packed sequences [N + 1], B = 1; read on the host. Leave it out with a
             ``cp_context``, which carries them.
         cp_context: from :func:`cp_gdn.build_cp_context`; every rank of its group must call, and backpropagate.
-        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K = V = 128, no gradients yet), or "auto".
+        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K = V = 128), or "auto": tilelang where it can
+            for calls without gradients on one rank, else torch (docs/kernels-backward.md says what is not settled).
 
     Returns:
         o [B, T, Hv, V] in the dtype of v, and the final states (fp32; fp64 with fp64 inputs) or None.
@@ -67,7 +68,7 @@ def chunk_gated_delta_rule(
     context = _context_for(q, cu_seqlens, cp_context)
     _check_shapes(q, k, v, g, beta, initial_state, context)
     states = () if initial_state is None else (initial_state,)
-    picked = _pick_engine(engine, (q, k, v, g, beta, *states))
+    picked = _pick_engine(engine, (q, k, v, g, beta, *states), context)
     if debug_enabled():
         _check_values(g, beta, initial_state, context)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -238,21 +239,25 @@ def _check_values(
         raise ValueError("; ".join(found))
 
 
-def _pick_engine(engine: str, inputs: tuple[Tensor, ...]) -> str:
+def _pick_engine(engine: str, inputs: tuple[Tensor, ...], context: CPContext) -> str:
     if engine not in ("auto", "torch", "tilelang"):
         raise ValueError(f"engine={engine!r} is unknown; choose torch, tilelang or auto")
     if engine == "torch":
         return "torch"
-    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    obstacle = hopper.obstacle(inputs[0], inputs[2], needs_gradients)
+    q, _, v = inputs[:3]
+    obstacle = hopper.obstacle(q, v)
     if engine == "tilelang":
         if obstacle is not None:
             raise ValueError(
                 f'engine="tilelang" cannot take this call: {obstacle}; use engine="torch", or "auto", which picks it'
             )
         return "tilelang"
+    if obstacle is None and context.size > 1:
+        obstacle = "under context parallelism tilelang must be asked for"
+    if obstacle is None and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        obstacle = "with gradients tilelang must be asked for"
     picked = "torch" if obstacle else "tilelang"
-    _announce(picked, inputs[0].device.type, obstacle)
+    _announce(picked, q.device.type, obstacle)
     return picked
 
 

@@ -27,7 +27,7 @@ def _has_tilelang() -> bool:
     return importlib.util.find_spec("tilelang") is not None
 
 
-def obstacle(q: Tensor, v: Tensor, needs_gradients: bool) -> str | None:
+def obstacle(q: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take this call, or None if they can."""
     if not q.is_cuda or not _is_hopper(q.device):
         return "it runs on Hopper GPUs (compute capability 9.0)"
@@ -37,8 +37,6 @@ def obstacle(q: Tensor, v: Tensor, needs_gradients: bool) -> str | None:
         return f"it takes K = V = 128, not K = {q.shape[3]}, V = {v.shape[3]}"
     if not _has_tilelang():
         return "TileLang is not installed (pip install 'cp-gdn[hopper]')"
-    if needs_gradients:
-        return "it has no backward yet and serves calls without gradients (torch.no_grad) only"
     return None
 
 

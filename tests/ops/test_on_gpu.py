@@ -144,8 +144,6 @@ def test_tilelang_engine_without_gradients(B, cu_seqlens):
         )
     ref = recurrence_of(case, cu_seqlens)
     assert_close([o.cpu(), final.cpu()], list(ref), 8e-3, ("o", "final_state"))
-    with pytest.raises(ValueError, match="no backward yet"):
-        chunk_gated_delta_rule(inputs[0].requires_grad_(), *inputs[1:5], engine="tilelang")
 
 
 def _kernels_over_ranks(rank, size, case, cu_seqlens, sizes, exchange):
@@ -173,3 +171,78 @@ def test_tilelang_engine_over_two_gpus(exchange, cu_seqlens, sizes):
     ref = list(recurrence_of(case, cu_seqlens))
     for got in run_ranks(2, _kernels_over_ranks, case, cu_seqlens, sizes, exchange, backend="nccl"):
         assert_close(got, ref, 8e-3, ("o", "final_state"))
+
+
+def kernel_gradients(case, context=None, cu_seqlens=None, rank=0):
+    """[o, final state, gradients...] on the kernels, q and k normalised in them."""
+    inputs = [x.cuda().requires_grad_() for x in case.inputs]
+    shard = (lambda x: x) if context is None else context.shard
+    o, final = chunk_gated_delta_rule(
+        *(shard(x) for x in inputs[:5]),
+        initial_state=inputs[5],
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+        cu_seqlens=cu_seqlens,
+        cp_context=context,
+        engine="tilelang",
+    )
+    loss = (o.float() * shard(case.do.cuda().float())).sum()
+    loss = loss + (final * case.dfinal.cuda().float()).sum() * (rank == 0)
+    grads = torch.autograd.grad(loss, inputs)
+    return [o.detach(), final.detach(), *grads]
+
+
+def gradients_of_the_recurrence(case, cu_seqlens=None):
+    def fn(*inputs):
+        return recurrent_gated_delta_rule(
+            *inputs[:5],
+            initial_state=inputs[5],
+            cu_seqlens=cu_seqlens,
+            use_qk_l2norm_in_kernel=True,
+        )
+
+    return outputs_and_gradients(
+        fn, type(case)(tuple(x.double() for x in case.inputs), case.do, case.dfinal)
+    )
+
+
+def overall_errors(got, ref):
+    names = ("o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "dinitial_state")
+    return {
+        n: ((a.double().cpu() - b).norm() / b.norm()).item()
+        for n, a, b in zip(names, got, ref, strict=True)
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("B", "cu_seqlens"), [(1, None), (3, None), (1, PACKED)])
+def test_tilelang_engine_with_gradients(B, cu_seqlens):
+    case = kernel_case(300, len(cu_seqlens) - 1 if cu_seqlens else B, B=B)
+    errors = overall_errors(
+        kernel_gradients(case, cu_seqlens=cu_seqlens), gradients_of_the_recurrence(case, cu_seqlens)
+    )
+    assert max(errors.values()) < 8e-3, errors
+
+
+def _kernel_gradients_over_ranks(rank, size, case, cu_seqlens, sizes, exchange):
+    context = build_cp_context(
+        dist.group.WORLD, seq_len=300, cu_seqlens=cu_seqlens, shard_sizes=sizes, exchange=exchange
+    )
+    o, final, *grads = kernel_gradients(case, context, rank=rank)
+    grads = [g.float() for g in grads]
+    for grad in grads:
+        dist.all_reduce(grad)
+    return [x.cpu() for x in (context.gather(o), final, *grads)]
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("exchange", ["ring", "all_to_all", "serial"])
+@pytest.mark.parametrize(("cu_seqlens", "sizes"), [(None, [128, 172]), (PACKED, [100, 200])])
+def test_tilelang_gradients_over_two_gpus(exchange, cu_seqlens, sizes):
+    case = kernel_case(300, len(cu_seqlens) - 1 if cu_seqlens else 1)
+    ref = gradients_of_the_recurrence(case, cu_seqlens)
+    for got in run_ranks(
+        2, _kernel_gradients_over_ranks, case, cu_seqlens, sizes, exchange, backend="nccl"
+    ):
+        errors = overall_errors(got, ref)
+        assert max(errors.values()) < 8e-3, errors
