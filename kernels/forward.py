@@ -26,15 +26,18 @@ DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "
 
 @dataclass(frozen=True)
 class Saved:
-    """What a backward needs beside the inputs: 132 bytes a token and value head, and 64 KiB a
+    """What a backward needs beside the inputs: 132 bytes a token and value head, and 128 KiB a
     segment and head. `a` and `gate` are read as they are; preparing them again would cost as much
-    time as writing and reading them, and nothing else of the forward is worth its bytes."""
+    time as writing and reading them, and nothing else of the forward is worth its bytes. Without
+    `plan.split` the last two are placeholders."""
 
     a: torch.Tensor  # [NC, Hv, 64, 64], see prepare.py
     gate: torch.Tensor  # [NC, Hv, 64] fp32
     rnorm: torch.Tensor  # [NC, Hk, 64] fp32 if the kernels normalise, else a placeholder
     states: torch.Tensor  # [NS, Hv, K, V] fp32: the state that leaves each segment but the last
     cu_seqlens: torch.Tensor  # [N + 1] int32
+    maps: torch.Tensor  # [NS, Hv, 2, K, K] bf16: M of each segment, high and low half (summary.py)
+    live: torch.Tensor  # [NS, Hv] int32: whether its M was written
     plan: Plan
 
 
@@ -203,6 +206,10 @@ def chunk_gdn_forward(
     else:
         count = slots(tokens, x.documents, plan.segment * CHUNK)
         states = gate.new_empty(count, value_heads, KEY_DIM, value_dim)
+        maps = torch.empty(
+            1, value_heads, 2, KEY_DIM, KEY_DIM, dtype=torch.bfloat16, device=k.device
+        )
+        live = torch.empty(1, value_heads, dtype=torch.int32, device=k.device)
     o = torch.empty_like(x.v)
     final = None
     if output_final_state:
@@ -217,7 +224,7 @@ def chunk_gdn_forward(
         KEY_DIM**-0.5 if scale is None else scale, plan.segment, x.bits,
         int(initial_state is not None), int(output_final_state),
     )  # fmt: skip
-    saved = Saved(a, gate, rnorm, states, x.cu, plan)
+    saved = Saved(a, gate, rnorm, states, x.cu, maps, live, plan)
     return o.view(v.shape), final, saved
 
 

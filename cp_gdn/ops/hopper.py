@@ -85,7 +85,9 @@ class HopperRun:
             use_qk_l2norm_in_kernel=self._normalize,
         )
         assert states is not None
-        self.kept = (saved.a, saved.gate, saved.rnorm, saved.states, saved.cu_seqlens)
+        self.kept = (
+            saved.a, saved.gate, saved.rnorm, saved.states, saved.cu_seqlens, saved.maps, saved.live,
+        )  # fmt: skip
         self.plan = saved.plan
         return o, states
 

@@ -57,7 +57,9 @@ def fake_forward(
     )
     nothing = torch.zeros(0)
     cu = torch.zeros(0, dtype=torch.int32) if cu_seqlens is None else cu_seqlens
-    saved = forward_kernels.Saved(nothing, nothing, nothing, nothing, cu, plan="plan")
+    saved = forward_kernels.Saved(
+        nothing, nothing, nothing, nothing, cu, nothing, nothing, plan="plan"
+    )
     return o, final, saved
 
 
