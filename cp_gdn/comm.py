@@ -9,13 +9,14 @@ The exchanges differ only in who evaluates this chain: neighbours (ring), the ow
 (all_gather). Which hops exist is host knowledge of the context, so a rank never waits for a message that nobody sends.
 """
 
+import functools
 import itertools
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 # torch 2.13 renames the flat collectives; the old name then warns
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -103,6 +107,50 @@ class Transitions:
 
     own: Tensor | None = None
     by_rank: Tensor | None = None
+
+
+class Pending(Generic[Result]):
+    """An exchange under way, on a stream of its own where the tensors are on a GPU.
+
+    :meth:`wait` makes the current stream wait for it, not the host, and returns the result; it may be called again.
+    """
+
+    def __init__(self, exchange: Callable[[], Result], device: torch.device, inputs: Any):
+        self._inputs = inputs  # what the other stream reads must not be freed before the wait
+        self._done = None
+        if device.type != "cuda":
+            self._result = exchange()
+            return
+        stream = _stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self._result = exchange()
+            self._done = stream.record_event()
+
+    def wait(self) -> Result:
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+            self._done = self._inputs = None
+        return self._result
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def start_exchange_states(
+    summary: Summary, context: "CPContext"
+) -> "Pending[tuple[Tensor | None, Transitions]]":
+    """:func:`exchange_states`, while the current stream goes on."""
+    return Pending(lambda: exchange_states(summary, context), summary.S.device, summary)
+
+
+def start_exchange_gradients(
+    dS: Tensor, transitions: Transitions, context: "CPContext"
+) -> "Pending[Tensor | None]":
+    """:func:`exchange_gradients`, while the current stream goes on."""
+    return Pending(lambda: exchange_gradients(dS, transitions, context), dS.device, dS)
 
 
 def exchange_states(summary: Summary, context: "CPContext") -> tuple[Tensor | None, Transitions]:

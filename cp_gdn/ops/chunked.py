@@ -231,11 +231,12 @@ def backward(terms: Terms, layout: ChunkLayout, h0: Tensor, dO: Tensor, dht: Ten
 
 
 class TorchRun:
-    """One call of the operator on this engine; states [n, Hv, K, V] in the compute dtype, in the sequences' own order.
+    """One call of the operator on this engine, in the steps of sharded.py; states [n, Hv, K, V] in the compute dtype,
+    in the sequences' own order.
 
-    ``sequences`` is a contiguous slice of sequences whose states are meant; a call with more than one piece a row
-    means one sequence, the first or the last. ``kept`` and ``plan`` are what the forward hands to the backward:
-    nothing here, the terms are made again.
+    ``left`` and ``right`` say how many leading sequences receive their state late, and how many trailing ones pass
+    theirs on: 0, 1 or all. ``kept`` and ``plan`` are what the forward hands to the backward: nothing here, the terms
+    are made again.
     """
 
     kept: tuple[Tensor, ...] = ()
@@ -247,42 +248,72 @@ class TorchRun:
         self._layout, self._dtype = layout, v.dtype
         self.num_sequences = layout.num_sequences
 
-    def zero_states(self) -> Tensor:
+    def some_states(self, count: int) -> Tensor:
+        """Zeros [count, Hv, K, V]."""
         terms = self._terms
-        return terms.v.new_zeros(
-            self.num_sequences, terms.v.shape[1], terms.k.shape[3], terms.v.shape[3]
-        )
+        return terms.v.new_zeros(count, terms.v.shape[1], terms.k.shape[3], terms.v.shape[3])
 
-    def summarise(self, h0: Tensor, sequences: slice, *, transition: bool) -> Summary:
-        """Summary of ``sequences``, which start from ``h0`` as far as it is known."""
-        span = self._positions(sequences)
-        S = final_state(self._terms, self._layout, h0, *span)
+    def open(self, h0: Tensor | None, left: int, right: int) -> None:
+        """Start the forward from the states ``h0`` that are known: zero (None: all) where they come late."""
+        self._h0 = self.some_states(self.num_sequences) if h0 is None else h0
+        self._left, self._right = left, right
+
+    def leaving(self, *, transition: bool) -> Summary:
+        """Summary of the trailing sequences."""
+        span = self._positions(self.num_sequences - self._right, self._right)
+        S = final_state(self._terms, self._layout, self._h0[-self._right :], *span)
         M = transition_of(self._terms, self._layout, *span) if transition else None
         return Summary(M, S)
 
-    def forward(self, h0: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs [B, T, Hv, V] in the dtype of v, and final states."""
+    def close(self, incoming: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor]:
+        """Outputs [B, T, Hv, V] in the dtype of v, and final states, from the late states of the leading sequences."""
+        h0 = self._complete(self._h0, slice(0, self._left), incoming)
         o, S = forward(self._terms, self._layout, self._ordered(h0))
         return o.to(self._dtype), S.index_select(0, self._layout.position_index)
 
-    def receive_gradient(self, do: Tensor) -> None:
-        """Take the gradient of the outputs, [B, T, Hv, V], before the calls below."""
+    def open_backward(
+        self, h0: Tensor | None, do: Tensor, dht: Tensor | None, left: int, right: int
+    ) -> None:
+        """Start the backward: ``h0`` are the true states, ``dht`` the gradients of the final ones as far as known."""
         rows = self._layout.to_chunks(do.to(self._terms.v.dtype))
         self._dO = rows.transpose(1, 2).contiguous()  # [n, Hv, C, V]
+        self._h0 = self.some_states(self.num_sequences) if h0 is None else h0
+        self._dht = self.some_states(self.num_sequences) if dht is None else dht
+        self._left, self._right = left, right
 
-    def summarise_reverse(self, dht: Tensor, sequences: slice) -> Tensor:
-        """dS_ext: gradient of the initial states of ``sequences``, from ``dht`` as far as it is known."""
+    def entering(self) -> Tensor:
+        """dS_ext: gradient of the initial states of the leading sequences while the late gradients are zero."""
         return gradient_of_state(
-            self._terms, self._layout, self._dO, dht, *self._positions(sequences)
+            self._terms,
+            self._layout,
+            self._dO,
+            self._dht[: self._left],
+            *self._positions(0, self._left),
         )
 
-    def backward(self, h0: Tensor, dht: Tensor) -> Gradients:
-        out = backward(self._terms, self._layout, self._ordered(h0), self._dO, self._ordered(dht))
+    def replay(self) -> None:
+        """What the backward can do before late gradients come: nothing on this engine."""
+
+    def close_backward(self, incoming: Tensor | None) -> Gradients:
+        """All gradients, from the late gradients of the trailing sequences' final states."""
+        late = slice(self.num_sequences - self._right, self.num_sequences)
+        dht = self._complete(self._dht, late, incoming)
+        out = backward(
+            self._terms, self._layout, self._ordered(self._h0), self._dO, self._ordered(dht)
+        )
         return out._replace(dh0=out.dh0.index_select(0, self._layout.position_index))
+
+    def _complete(self, states: Tensor, place: slice, late: Tensor | None) -> Tensor:
+        if late is None:
+            return states
+        states = states.clone()
+        states[place] = late
+        return states
 
     def _ordered(self, states: Tensor) -> Tensor:
         return states.index_select(0, self._layout.order_index)
 
-    def _positions(self, sequences: slice) -> tuple[int, int]:
-        first = self._layout.order.index(sequences.start)
-        return first, first + sequences.stop - sequences.start
+    def _positions(self, first: int, count: int) -> tuple[int, int]:
+        """Where sequences [first, first + count) stand in the layout: all of them, or one."""
+        position = self._layout.order.index(first)
+        return position, position + count

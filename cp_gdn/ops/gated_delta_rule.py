@@ -19,7 +19,7 @@ from .. import comm
 from ..context import CPContext, build_cp_context, debug_enabled
 from . import chunked, hopper
 from .reference import l2_normalize
-from .sharded import crossing, documents, sharded_backward, sharded_forward
+from .sharded import documents, ends, sharded_backward, sharded_forward
 
 log = logging.getLogger("cp_gdn")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -55,8 +55,8 @@ def chunk_gated_delta_rule(
         cu_seqlens: document offsets of packed sequences [N + 1], B = 1; read on the host. Leave it out with a
             ``cp_context``, which carries them.
         cp_context: from :func:`cp_gdn.build_cp_context`; every rank of its group must call, and backpropagate.
-        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K = V = 128), or "auto": tilelang where it can
-            for calls without gradients on one rank, else torch (docs/kernels-backward.md says what is not settled).
+        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K = V = 128), or "auto": tilelang where it can,
+            else torch.
 
     Returns:
         o [B, T, Hv, V] in the dtype of v, and the final states (fp32; fp64 with fp64 inputs) or None.
@@ -67,8 +67,7 @@ def chunk_gated_delta_rule(
     """
     context = _context_for(q, cu_seqlens, cp_context)
     _check_shapes(q, k, v, g, beta, initial_state, context)
-    states = () if initial_state is None else (initial_state,)
-    picked = _pick_engine(engine, (q, k, v, g, beta, *states), context)
+    picked = _pick_engine(engine, q, v)
     if debug_enabled():
         _check_values(g, beta, initial_state, context)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -140,8 +139,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             )
         d_initial = None
         if ctx.state_shape is not None:
-            if call.context.crosses_left:
-                out.dh0[crossing(call.context, run.num_sequences)[0]] = 0
+            out.dh0[: ends(call.context, run.num_sequences).left] = 0
             d_initial = out.dh0.new_zeros(ctx.state_shape)
             d_initial[documents(call.context, run.num_sequences)] = out.dh0
         return (
@@ -239,12 +237,11 @@ def _check_values(
         raise ValueError("; ".join(found))
 
 
-def _pick_engine(engine: str, inputs: tuple[Tensor, ...], context: CPContext) -> str:
+def _pick_engine(engine: str, q: Tensor, v: Tensor) -> str:
     if engine not in ("auto", "torch", "tilelang"):
         raise ValueError(f"engine={engine!r} is unknown; choose torch, tilelang or auto")
     if engine == "torch":
         return "torch"
-    q, _, v = inputs[:3]
     obstacle = hopper.obstacle(q, v)
     if engine == "tilelang":
         if obstacle is not None:
@@ -252,10 +249,6 @@ def _pick_engine(engine: str, inputs: tuple[Tensor, ...], context: CPContext) ->
                 f'engine="tilelang" cannot take this call: {obstacle}; use engine="torch", or "auto", which picks it'
             )
         return "tilelang"
-    if obstacle is None and context.size > 1:
-        obstacle = "under context parallelism tilelang must be asked for"
-    if obstacle is None and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        obstacle = "with gradients tilelang must be asked for"
     picked = "torch" if obstacle else "tilelang"
     _announce(picked, q.device.type, obstacle)
     return picked

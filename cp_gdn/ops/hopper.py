@@ -4,6 +4,7 @@ Same calls as the torch engine (chunked.TorchRun). Nothing here reads the device
 imported at the first call that uses it.
 """
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..context import CPContext
-from ..scan import Summary, apply
+from ..scan import Summary
 from .chunked import Gradients
 
 
@@ -41,7 +42,8 @@ def obstacle(q: Tensor, v: Tensor) -> str | None:
 
 
 class HopperRun:
-    """One call of the operator on the kernels; states [n, Hv, K, V] fp32, sequences as in chunked.TorchRun.
+    """One call of the operator on the kernels, in the steps of sharded.py; states [n, Hv, K, V] fp32, sequences and
+    steps as in chunked.TorchRun.
 
     ``kept`` and ``plan`` are what the forward kernels save for the backward ones.
     """
@@ -54,77 +56,74 @@ class HopperRun:
         self._inputs, self._scale, self._normalize = (q, k, v, g, beta), scale, normalize
         packed = len(context.pieces) > 1
         self._offsets = context.local_offsets.to(q.device) if packed else None
-        self._last = context.pieces[-1]
         self.num_sequences = len(context.pieces) if packed else q.shape[0]
 
-    def zero_states(self) -> Tensor:
+    def some_states(self, count: int) -> Tensor:
+        """Zeros [count, Hv, K, V]."""
         q, _, v = self._inputs[:3]
-        return q.new_zeros(
-            self.num_sequences, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32
-        )
+        return q.new_zeros(count, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
 
-    def summarise(self, h0: Tensor, sequences: slice, *, transition: bool) -> Summary:
-        """Summary of the sequences that leave: all rows, or the last piece."""
-        from ..kernels.forward import chunk_gdn_summary
+    def open(self, h0: Tensor | None, left: int, right: int) -> None:
+        from ..kernels.forward import open_forward
 
-        tokens = slice(self._last.start, self._last.end)
-        leaving = (x[:, tokens] for x in self._inputs[1:])
-        M, S = chunk_gdn_summary(*leaving, use_qk_l2norm_in_kernel=self._normalize)
-        return Summary(M if transition else None, apply(Summary(M, S), h0))
-
-    def forward(self, h0: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs [B, T, Hv, V] and final states."""
-        from ..kernels.forward import chunk_gdn_forward
-
-        o, states, saved = chunk_gdn_forward(
-            *self._inputs,
-            scale=self._scale,
+        self._opened = open_forward(
+            *self._inputs[1:],
             initial_state=h0,
             cu_seqlens=self._offsets,
-            output_final_state=True,
+            open_left=left,
+            open_right=right,
             use_qk_l2norm_in_kernel=self._normalize,
         )
-        assert states is not None
-        self.kept = (
-            saved.a, saved.gate, saved.rnorm, saved.states, saved.cu_seqlens, saved.maps, saved.live,
-        )  # fmt: skip
-        self.plan = saved.plan
+
+    def leaving(self, *, transition: bool) -> Summary:
+        from ..kernels.forward import leaving_summary
+
+        return Summary(*leaving_summary(self._opened, transition=transition))
+
+    def close(self, incoming: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor]:
+        """Outputs [B, T, Hv, V]; final states if asked for."""
+        from ..kernels.forward import close_forward
+
+        o, states, saved = close_forward(
+            self._opened,
+            self._inputs[0],
+            incoming=incoming,
+            scale=self._scale,
+            output_final_state=final,
+        )
+        names = [field.name for field in dataclasses.fields(saved) if field.name != "plan"]
+        self.kept, self.plan = tuple(getattr(saved, name) for name in names), saved.plan
         return o, states
 
-    def receive_gradient(self, do: Tensor) -> None:
-        """Take the gradient of the outputs, [B, T, Hv, V], before the calls below."""
+    def open_backward(
+        self, h0: Tensor | None, do: Tensor, dht: Tensor | None, left: int, right: int
+    ) -> None:
+        from ..kernels.backward import open_backward
         from ..kernels.forward import Saved
 
-        self._do = do.to(self._inputs[0].dtype).contiguous()
-        self._saved = Saved(*self.kept, plan=self.plan)
-
-    def summarise_reverse(self, dht: Tensor, sequences: slice) -> Tensor:
-        """dS_ext: gradient of the initial states of ``sequences``, from ``dht`` as far as it is known."""
-        from ..kernels.backward import chunk_gdn_reverse_summary
-
-        dfinal = self.zero_states()
-        dfinal[sequences] = dht
-        q, k = self._inputs[:2]
-        return chunk_gdn_reverse_summary(
-            q,
-            k,
-            self._saved,
-            self._do,
-            dfinal,
-            scale=self._scale,
-            use_qk_l2norm_in_kernel=self._normalize,
-        )[sequences]
-
-    def backward(self, h0: Tensor, dht: Tensor) -> Gradients:
-        from ..kernels.backward import chunk_gdn_backward
-
-        out = chunk_gdn_backward(
+        self._opened = open_backward(
             *self._inputs,
-            self._saved,
-            self._do,
+            Saved(*self.kept, plan=self.plan),
+            do.to(self._inputs[0].dtype).contiguous(),
             dht,
             scale=self._scale,
             initial_state=h0,
             use_qk_l2norm_in_kernel=self._normalize,
+            open_left=left,
+            open_right=right,
         )
-        return Gradients(*out)
+
+    def entering(self) -> Tensor:
+        from ..kernels.backward import entering_summary
+
+        return entering_summary(self._opened)
+
+    def replay(self) -> None:
+        from ..kernels.backward import replay
+
+        replay(self._opened)
+
+    def close_backward(self, incoming: Tensor | None) -> Gradients:
+        from ..kernels.backward import close_backward
+
+        return Gradients(*close_backward(self._opened, incoming=incoming))

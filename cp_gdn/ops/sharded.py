@@ -1,14 +1,15 @@
-"""One call of the operator over the ranks of a context, whatever engine runs it: summarise, exchange, run.
+"""One call of the operator over the ranks of a context, whatever engine runs it: open, exchange, close.
 
-    forward     S_in[r] from the summaries of the ranks before r, then the shard from S_in[r]
-    backward    dS_in[r] from the reverse summaries of the ranks after r, then the shard's gradients
+    forward     open (everything that no incoming state enters), S_in[r] from the summaries of the ranks before r, close
+    backward    open, dS_in[r] from the reverse summaries of the ranks after r; the states are replayed meanwhile; close
 
-The local sequences are the rows of the batch, or the pieces of packed documents. States cross only at the ends
-of a shard:
-into the first piece and out of the last one, or in and out of every row.
+The local sequences are the rows of the batch, or the pieces of packed documents. States cross only at the ends of a
+shard: into the first piece and out of the last one, or in and out of every row. The exchange runs on a stream of its
+own; only a rank that receives waits for it before it closes.
 """
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
 from .. import comm
@@ -16,50 +17,74 @@ from ..context import CPContext
 from ..scan import Summary
 from . import chunked, hopper
 
+Run = chunked.TorchRun | hopper.HopperRun
+
+
+class Ends(NamedTuple):
+    """Local sequences that a cut may part, and how many leading and trailing ones a document does cross."""
+
+    entering: slice
+    leaving: slice
+    left: int
+    right: int
+
+
+def ends(context: CPContext, num_sequences: int) -> Ends:
+    """All rows, or the first and the last piece."""
+    each = num_sequences if len(context.pieces) == 1 else 1
+    return Ends(
+        slice(0, each),
+        slice(num_sequences - each, num_sequences),
+        each if context.crosses_left else 0,
+        each if context.crosses_right else 0,
+    )
+
 
 def sharded_forward(
-    run: chunked.TorchRun | hopper.HopperRun,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    context: CPContext,
-) -> tuple[Tensor, Tensor | None, Tensor, comm.Transitions]:
-    """o, final states of all documents or None, h0 of the local sequences [n, Hv, K, V], and the M for the backward."""
+    run: Run, initial_state: Tensor | None, output_final_state: bool, context: CPContext
+) -> tuple[Tensor, Tensor | None, Tensor | None, comm.Transitions]:
+    """o, final states of all documents or None, the states that entered the local sequences [n, Hv, K, V] (None: all
+    zero), and the M for the backward."""
     count = run.num_sequences
-    entering, leaving = crossing(context, count)
-    h0 = run.zero_states()
+    cuts = ends(context, count)
+    h0 = None
     if initial_state is not None:
-        h0[:] = initial_state[documents(context, count)]
-    if context.crosses_left:
-        h0[entering] = 0
-
-    transitions = comm.Transitions()
-    S_in = None
+        h0 = initial_state[documents(context, count)].clone()
+        h0[: cuts.left] = 0
     if context.exchange == "serial":
-        S_in = comm.receive_state(h0[entering], context)
-    elif context.any_crossing:
-        summary = Summary(None, torch.zeros_like(h0[leaving]))
-        if context.crosses_right:
-            summary = run.summarise(h0[leaving], leaving, transition=context.through(context.rank))
-        S_in, transitions = comm.exchange_states(summary, context)
-    if S_in is not None:
-        h0[entering] = S_in
+        S_in = comm.receive_state(run.some_states(cuts.entering.stop), context)
+        h0 = _with(h0, cuts.entering, S_in, run)
+        run.open(h0, 0, 0)
+        o, states = run.close(None, final=True)
+        comm.send_state(states[cuts.leaving], context)
+        transitions = comm.Transitions()
+    else:
+        run.open(h0, cuts.left, cuts.right)
+        exchange = None
+        if context.any_crossing:
+            if cuts.right:
+                summary = run.leaving(transition=context.through(context.rank))
+            else:
+                summary = Summary(None, run.some_states(cuts.leaving.stop - cuts.leaving.start))
+            exchange = comm.start_exchange_states(summary, context)
+        S_in = exchange.wait()[0] if exchange and cuts.left else None
+        o, states = run.close(S_in, final=output_final_state)
+        transitions = exchange.wait()[1] if exchange else comm.Transitions()
+        h0 = _with(h0, cuts.entering, S_in, run)
 
-    o, states = run.forward(h0)
-    if context.exchange == "serial":
-        comm.send_state(states[leaving], context)
     if not output_final_state:
         return o, None, h0, transitions
     if context.size == 1:
         return o, states, h0, transitions
-    ended = _ended(context, count)
+    ended = slice(0, count - cuts.right)
     final = states.new_zeros(_num_states(context, count), *states.shape[1:])
     final[documents(context, count)][ended] = states[ended]
     return o, comm.sum_over_group(final, context), h0, transitions
 
 
 def sharded_backward(
-    run: chunked.TorchRun | hopper.HopperRun,
-    h0: Tensor,
+    run: Run,
+    h0: Tensor | None,
     do: Tensor,
     dfinal: Tensor | None,
     transitions: comm.Transitions,
@@ -67,37 +92,34 @@ def sharded_backward(
 ) -> chunked.Gradients:
     """All gradients of this rank's part; dh0 [n, Hv, K, V] still holds what left to the predecessor."""
     count = run.num_sequences
-    entering, leaving = crossing(context, count)
-    dht = torch.zeros_like(h0)
+    cuts = ends(context, count)
+    dht = None
     if dfinal is not None:
         if context.size > 1:
             dfinal = comm.sum_over_group(dfinal, context)
-        ended = _ended(context, count)
-        dht[ended] = dfinal[documents(context, count)][ended]
+        dht = dfinal[documents(context, count)].clone()
+        dht[count - cuts.right :] = 0
 
-    run.receive_gradient(do)
-    dS_in = None
     if context.exchange == "serial":
-        dS_in = comm.receive_state(dht[leaving], context, reverse=True)
-    elif context.any_crossing:
-        dS = torch.zeros_like(dht[entering])
-        if context.crosses_left:
-            dS = run.summarise_reverse(dht[entering], entering)
-        dS_in = comm.exchange_gradients(dS, transitions, context)
-    if dS_in is not None:
-        dht[leaving] = dS_in
-    out = run.backward(h0, dht)
-    if context.exchange == "serial":
-        comm.send_state(out.dh0[entering], context, reverse=True)
+        dS_in = comm.receive_state(
+            run.some_states(cuts.leaving.stop - cuts.leaving.start), context, reverse=True
+        )
+        dht = _with(dht, cuts.leaving, dS_in, run)
+        run.open_backward(h0, do, dht, 0, 0)
+        out = run.close_backward(None)
+        comm.send_state(out.dh0[cuts.entering], context, reverse=True)
+        return out
+    run.open_backward(h0, do, dht, cuts.left, cuts.right)
+    exchange = None
+    if context.any_crossing:
+        dS = run.entering() if cuts.left else run.some_states(cuts.entering.stop)
+        exchange = comm.start_exchange_gradients(dS, transitions, context)
+        run.replay()
+    dS_in = exchange.wait() if exchange and cuts.right else None
+    out = run.close_backward(dS_in)
+    if exchange:
+        exchange.wait()
     return out
-
-
-def crossing(context: CPContext, num_sequences: int) -> tuple[slice, slice]:
-    """Local sequences that may enter from the left and leave to the right: all rows, or the first and the last
-    piece."""
-    if len(context.pieces) == 1:
-        return slice(0, num_sequences), slice(0, num_sequences)
-    return slice(0, 1), slice(num_sequences - 1, num_sequences)
 
 
 def documents(context: CPContext, num_sequences: int) -> slice:
@@ -106,10 +128,16 @@ def documents(context: CPContext, num_sequences: int) -> slice:
     return slice(first, first + num_sequences)
 
 
-def _ended(context: CPContext, num_sequences: int) -> slice:
-    """Local sequences whose document ends in this shard."""
-    _, leaving = crossing(context, num_sequences)
-    return slice(0, leaving.start if context.crosses_right else num_sequences)
+def _with(states: Tensor | None, place: slice, late: Tensor | None, run: Run) -> Tensor | None:
+    """``states`` [n, Hv, K, V] of all local sequences (None: zero) with those that came late in their place."""
+    if late is None:
+        return states
+    if len(late) == run.num_sequences:
+        return late
+    if states is None:
+        states = run.some_states(run.num_sequences)
+    states[place] = late
+    return states
 
 
 def _num_states(context: CPContext, num_sequences: int) -> int:

@@ -3,6 +3,7 @@
 What the kernels compute is tested on a GPU; here it is which tokens, states and gradients reach them, over ranks.
 """
 
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -39,63 +40,94 @@ def _torch_rule(q, k, v, g, beta, h0, cu_seqlens, scale, normalize):
     )
 
 
-def fake_forward(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    *,
-    scale,
-    initial_state,
-    cu_seqlens,
-    output_final_state,
-    use_qk_l2norm_in_kernel,
+class Call(SimpleNamespace):
+    """What a stand-in of open_forward or open_backward was given, ``late`` sequences at its ends."""
+
+    @property
+    def count(self):
+        return self.v.shape[0] if self.cu is None else self.cu.numel() - 1
+
+    def states(self, known, place, late):
+        """Known states with the late ones put in; the caller must have left those zero."""
+        Hv, K, V = self.v.shape[2], self.k.shape[3], self.v.shape[3]
+        states = self.v.new_zeros(self.count, Hv, K, V) if known is None else known.clone()
+        if late is not None:
+            assert not states[place].any()
+            states[place] = late
+        return states
+
+
+def fake_open_forward(
+    k, v, g, beta, *, initial_state, cu_seqlens, open_left, open_right, use_qk_l2norm_in_kernel
 ):
-    o, final = _torch_rule(
-        q, k, v, g, beta, initial_state, cu_seqlens, scale, use_qk_l2norm_in_kernel
-    )
+    return Call(
+        k=k, v=v, g=g, beta=beta, h0=initial_state, cu=cu_seqlens, left=open_left,
+        right=open_right, normalize=use_qk_l2norm_in_kernel,
+    )  # fmt: skip
+
+
+def fake_leaving_summary(call, *, transition):
+    tokens = slice(None) if call.cu is None else slice(int(call.cu[-2]), None)
+    k, v, g, beta = (x[:, tokens] for x in (call.k, call.v, call.g, call.beta))
+    h0 = call.states(call.h0, slice(0, 0), None)[-call.right :]
+    S = _torch_rule(k, k, v, g, beta, h0, None, 1.0, call.normalize)[1]
+    if not transition:
+        return None, S
+    K = k.shape[3]
+    eye = torch.eye(K).expand(*h0.shape[:2], K, K).contiguous()
+    nothing = torch.zeros_like(k[:, :, :1].expand(-1, -1, v.shape[2], -1))
+    return _torch_rule(k, k, nothing, g, beta, eye, None, 1.0, call.normalize)[1], S
+
+
+def fake_close_forward(call, q, *, incoming, scale, output_final_state):
+    assert (incoming is None) == (call.left == 0)
+    h0 = call.states(call.h0, slice(0, call.left), incoming)
+    o, final = _torch_rule(q, call.k, call.v, call.g, call.beta, h0, call.cu, scale, call.normalize)
     nothing = torch.zeros(0)
-    cu = torch.zeros(0, dtype=torch.int32) if cu_seqlens is None else cu_seqlens
+    cu = torch.zeros(0, dtype=torch.int32) if call.cu is None else call.cu
     saved = forward_kernels.Saved(
         nothing, nothing, nothing, nothing, cu, nothing, nothing, plan="plan"
     )
-    return o, final, saved
+    return o, final if output_final_state else None, saved
 
 
-def fake_summary(k, v, g, beta, *, use_qk_l2norm_in_kernel):
-    B, Hv, K = v.shape[0], v.shape[2], k.shape[3]
-    S = _torch_rule(k, k, v, g, beta, None, None, 1.0, use_qk_l2norm_in_kernel)[1]
-    eye = torch.eye(K).expand(B, Hv, K, K).contiguous()
-    M = _torch_rule(k, k, torch.zeros_like(v), g, beta, eye, None, 1.0, use_qk_l2norm_in_kernel)[1]
-    return M, S
-
-
-def _differentiate(q, k, v, g, beta, saved, do, dfinal, h0, scale, normalize):
+def fake_open_backward(
+    q, k, v, g, beta, saved, do, dfinal, *, scale, initial_state, use_qk_l2norm_in_kernel,
+    open_left, open_right,
+):  # fmt: skip
     assert saved.plan == "plan"
     cu = saved.cu_seqlens if saved.cu_seqlens.numel() else None
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, g, beta, h0)]
+    return Call(
+        q=q, k=k, v=v, g=g, beta=beta, h0=initial_state, cu=cu, left=open_left, right=open_right,
+        do=do, dfinal=dfinal, scale=scale, normalize=use_qk_l2norm_in_kernel, replayed=False,
+    )  # fmt: skip
+
+
+def _differentiate(call, incoming):
+    late = slice(call.count - call.right, call.count)
+    dfinal = call.states(call.dfinal, late, incoming)
+    h0 = call.states(call.h0, slice(0, 0), None)
+    leaves = [call.q, call.k, call.v, call.g, call.beta, h0]
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
     with torch.enable_grad():
-        o, final = _torch_rule(*leaves, cu, scale, normalize)
-        return torch.autograd.grad((o * do).sum() + (final * dfinal).sum(), leaves)
+        o, final = _torch_rule(*leaves, call.cu, call.scale, call.normalize)
+        return torch.autograd.grad((o * call.do).sum() + (final * dfinal).sum(), leaves)
 
 
-def fake_backward(
-    q, k, v, g, beta, saved, do, dfinal, *, scale, initial_state, use_qk_l2norm_in_kernel
-):
-    return _differentiate(
-        q, k, v, g, beta, saved, do, dfinal, initial_state, scale, use_qk_l2norm_in_kernel
-    )
+def fake_entering_summary(call):
+    return _differentiate(call, None)[5][: call.left]
+
+
+def fake_replay(call):
+    call.replayed = True
+
+
+def fake_close_backward(call, *, incoming):
+    assert (incoming is None) == (call.right == 0)
+    return _differentiate(call, incoming)
 
 
 def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange):
-    def fake_reverse(q, k, saved, do, dfinal, *, scale, use_qk_l2norm_in_kernel):
-        v, g, beta = (context.shard(x) for x in case.inputs[2:5])  # not needed by the kernel
-        h0 = torch.zeros_like(dfinal)
-        return _differentiate(
-            q, k, v, g, beta, saved, do, dfinal, h0, scale, use_qk_l2norm_in_kernel
-        )[5]
-
     context = build_cp_context(
         dist.group.WORLD,
         seq_len=case.do.shape[1],
@@ -106,10 +138,21 @@ def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange):
     inputs = [x.clone().requires_grad_() for x in case.inputs]
     with (
         patch.object(hopper, "obstacle", lambda *args: None),
-        patch.object(forward_kernels, "chunk_gdn_forward", fake_forward),
-        patch.object(forward_kernels, "chunk_gdn_summary", fake_summary),
-        patch.object(backward_kernels, "chunk_gdn_backward", fake_backward),
-        patch.object(backward_kernels, "chunk_gdn_reverse_summary", fake_reverse),
+        patch.multiple(
+            forward_kernels,
+            create=True,
+            open_forward=fake_open_forward,
+            leaving_summary=fake_leaving_summary,
+            close_forward=fake_close_forward,
+        ),
+        patch.multiple(
+            backward_kernels,
+            create=True,
+            open_backward=fake_open_backward,
+            entering_summary=fake_entering_summary,
+            replay=fake_replay,
+            close_backward=fake_close_backward,
+        ),
     ):
         o, final = chunk_gated_delta_rule(
             *(context.shard(x) for x in inputs[:5]),
