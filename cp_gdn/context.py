@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import comm, sharding
 from .layout import CHUNK, ChunkLayout, Piece, build_layout
+from .virtual import VirtualGroup
 
 EXCHANGES = ("ring", "all_to_all", "all_gather", "serial")
 
@@ -36,7 +37,7 @@ class CPContext:
     pieces of this shard) lie on ``device``.
     """
 
-    group: dist.ProcessGroup | None
+    group: comm.Group | None
     rank: int
     size: int
     seq_len: int
@@ -139,7 +140,7 @@ class CPContext:
 
 
 def build_cp_context(
-    group: dist.ProcessGroup | DeviceMesh | None = None,
+    group: comm.Group | DeviceMesh | None = None,
     *,
     seq_len: int,
     cu_seqlens: Tensor | Sequence[int] | None = None,
@@ -150,14 +151,15 @@ def build_cp_context(
     """Plan the sharding of one batch over the ranks of ``group``.
 
     Args:
-        group: a ProcessGroup, a 1-D DeviceMesh, or None for a single rank without a process group.
+        group: a ProcessGroup, a 1-D DeviceMesh, the group of a virtual rank (virtual.py), or None for a single rank.
         seq_len: tokens of the whole sequence (per row).
         cu_seqlens: GLOBAL document offsets ``0 = c_0 < c_1 < ... < c_N = seq_len`` (list or tensor, read once);
             None: one document.
         shard_sizes: tokens per rank, positive, summing to ``seq_len``; default: cuts at multiples of 64, as even as
             possible, or an even split by tokens where there are fewer 64-token blocks than ranks.
         exchange: "ring", "all_to_all", "all_gather", "serial" or "auto".
-        device: where the index tensors live; default: the current CUDA device for NCCL groups, else the CPU.
+        device: where the index tensors live; default: the current CUDA device for NCCL groups, the virtual
+            ranks' device, else the CPU.
 
     Raises:
         ValueError: the same on every rank that passes the same arguments, before any communication.
@@ -175,8 +177,10 @@ def build_cp_context(
         raise ValueError(
             f"exchange={exchange!r} is unknown; choose one of {', '.join(EXCHANGES)} or auto"
         )
-    if device is None:
-        on_gpu = group is not None and dist.get_backend(group) == "nccl"
+    if device is None and isinstance(group, VirtualGroup):
+        device = group.device
+    elif device is None:
+        on_gpu = isinstance(group, dist.ProcessGroup) and dist.get_backend(group) == "nccl"
         device = (
             torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         )
@@ -211,9 +215,11 @@ def debug_enabled() -> bool:
     return os.environ.get("CP_GDN_DEBUG", "0") not in ("", "0")
 
 
-def _resolve_group(group) -> tuple[dist.ProcessGroup | None, int, int]:
+def _resolve_group(group) -> tuple[comm.Group | None, int, int]:
     if group is None:
         return None, 0, 1
+    if isinstance(group, VirtualGroup):
+        return group, group.rank, group.size
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cp_gdn import build_cp_context, comm
+from cp_gdn import boundary, build_cp_context, comm
 from cp_gdn.scan import Summary
 
 from .distributed import run_ranks
@@ -17,9 +17,9 @@ def _bytes(rank, size, exchange):
     S = torch.ones(1, HV, K, V)
     M = torch.ones(1, HV, K, K) if context.through(rank) else None
     comm.meter.take()
-    _, transitions = comm.exchange_states(Summary(M, S), context)
+    _, transitions = boundary.exchange_states(Summary(M, S), context)
     forward = comm.meter.take()["bytes"]
-    comm.exchange_gradients(S, transitions, context)
+    boundary.exchange_gradients(S, transitions, context)
     return forward, comm.meter.take()["bytes"]
 
 
@@ -38,7 +38,7 @@ def _few_heads(rank, size):
     context = build_cp_context(dist.group.WORLD, seq_len=64 * size, exchange="all_to_all")
     S = torch.full((1, 2, 3, 3), float(rank + 1))
     M = torch.eye(3).expand(1, 2, 3, 3) if context.through(rank) else None
-    S_in, _ = comm.exchange_states(Summary(M, S), context)
+    S_in, _ = boundary.exchange_states(Summary(M, S), context)
     return 0.0 if S_in is None else S_in.unique().item()
 
 
@@ -63,7 +63,7 @@ def _silent_rank(rank, size):
     context = build_cp_context(dist.group.WORLD, seq_len=64 * size)
     if rank == 0:
         return None  # never sends
-    comm.exchange_states(Summary(None, torch.ones(1, 1, 2, 2)), context)
+    boundary.exchange_states(Summary(None, torch.ones(1, 1, 2, 2)), context)
 
 
 def test_a_missing_rank_ends_the_others():

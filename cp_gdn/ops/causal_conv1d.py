@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import comm
+from .. import boundary
 from ..context import CPContext
 
 
@@ -24,13 +24,13 @@ class _Halo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, context: CPContext, width: int) -> Tensor:
         ctx.context, ctx.width, ctx.length = context, width, x.shape[1]
-        return comm.exchange_halo(x, context, width)
+        return boundary.exchange_halo(x, context, width)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (dhalo,) = grads
         dx = dhalo.new_zeros(dhalo.shape[0], ctx.length, dhalo.shape[2])
-        for tokens, part in comm.return_halo(dhalo, ctx.context, ctx.width):
+        for tokens, part in boundary.return_halo(dhalo, ctx.context, ctx.width):
             dx[:, tokens] += part
         return dx, None, None
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import comm
+from .. import boundary, comm
 from ..context import CPContext, build_cp_context, debug_enabled
 from . import chunked, hopper
 from .reference import l2_normalize
@@ -134,7 +134,7 @@ class _GatedDeltaRule(torch.autograd.Function):
                 h0,
                 do,
                 dfinal if call.output_final_state else None,
-                comm.Transitions(own, by_rank),
+                boundary.Transitions(own, by_rank),
                 call.context,
             )
         d_initial = None

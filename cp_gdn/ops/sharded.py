@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import comm
+from .. import boundary, comm
 from ..context import CPContext
 from ..scan import Summary
 from . import chunked, hopper
@@ -42,7 +42,7 @@ def ends(context: CPContext, num_sequences: int) -> Ends:
 
 def sharded_forward(
     run: Run, initial_state: Tensor | None, output_final_state: bool, context: CPContext
-) -> tuple[Tensor, Tensor | None, Tensor | None, comm.Transitions]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, boundary.Transitions]:
     """o, final states of all documents or None, the states that entered the local sequences [n, Hv, K, V] (None: all
     zero), and the M for the backward."""
     count = run.num_sequences
@@ -52,24 +52,24 @@ def sharded_forward(
         h0 = initial_state[documents(context, count)].clone()
         h0[: cuts.left] = 0
     if context.exchange == "serial":
-        S_in = comm.receive_state(run.some_states(cuts.entering.stop), context)
+        S_in = boundary.receive_state(run.some_states(cuts.entering.stop), context)
         h0 = _with(h0, cuts.entering, S_in, run)
         run.open(h0, 0, 0)
         o, states = run.close(None, final=True)
-        comm.send_state(states[cuts.leaving], context)
-        transitions = comm.Transitions()
+        boundary.send_state(states[cuts.leaving], context)
+        transitions = boundary.Transitions()
     else:
         run.open(h0, cuts.left, cuts.right)
-        exchange = None
+        pending = None
         if context.any_crossing:
             if cuts.right:
                 summary = run.leaving(transition=context.through(context.rank))
             else:
                 summary = Summary(None, run.some_states(cuts.leaving.stop - cuts.leaving.start))
-            exchange = comm.start_exchange_states(summary, context)
-        S_in = exchange.wait()[0] if exchange and cuts.left else None
+            pending = boundary.start_exchange_states(summary, context)
+        S_in = pending.wait()[0] if pending and cuts.left else None
         o, states = run.close(S_in, final=output_final_state)
-        transitions = exchange.wait()[1] if exchange else comm.Transitions()
+        transitions = pending.wait()[1] if pending else boundary.Transitions()
         h0 = _with(h0, cuts.entering, S_in, run)
 
     if not output_final_state:
@@ -87,7 +87,7 @@ def sharded_backward(
     h0: Tensor | None,
     do: Tensor,
     dfinal: Tensor | None,
-    transitions: comm.Transitions,
+    transitions: boundary.Transitions,
     context: CPContext,
 ) -> chunked.Gradients:
     """All gradients of this rank's part; dh0 [n, Hv, K, V] still holds what left to the predecessor."""
@@ -101,24 +101,24 @@ def sharded_backward(
         dht[count - cuts.right :] = 0
 
     if context.exchange == "serial":
-        dS_in = comm.receive_state(
+        dS_in = boundary.receive_state(
             run.some_states(cuts.leaving.stop - cuts.leaving.start), context, reverse=True
         )
         dht = _with(dht, cuts.leaving, dS_in, run)
         run.open_backward(h0, do, dht, 0, 0)
         out = run.close_backward(None)
-        comm.send_state(out.dh0[cuts.entering], context, reverse=True)
+        boundary.send_state(out.dh0[cuts.entering], context, reverse=True)
         return out
     run.open_backward(h0, do, dht, cuts.left, cuts.right)
-    exchange = None
+    pending = None
     if context.any_crossing:
         dS = run.entering() if cuts.left else run.some_states(cuts.entering.stop)
-        exchange = comm.start_exchange_gradients(dS, transitions, context)
+        pending = boundary.start_exchange_gradients(dS, transitions, context)
         run.replay()
-    dS_in = exchange.wait() if exchange and cuts.right else None
+    dS_in = pending.wait() if pending and cuts.right else None
     out = run.close_backward(dS_in)
-    if exchange:
-        exchange.wait()
+    if pending:
+        pending.wait()
     return out
 
 

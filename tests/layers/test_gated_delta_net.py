@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import cp_gdn
-from cp_gdn import comm
+from cp_gdn import boundary
 from cp_gdn.layers import gated_delta_net
 from tests.distributed import run_ranks
 from tests.layers.common import (
@@ -78,7 +78,7 @@ def ranks_run(layer, x, weights, sizes, cu_seqlens=None, exchange="auto", mutati
         )
         if mutation is None:
             return run(layer, x, weights, context)
-        with patch.object(comm, *mutation):
+        with patch.object(boundary, *mutation):
             return run(layer, x, weights, context)
 
     outs = run_ranks(len(sizes), rank_main)
@@ -202,7 +202,7 @@ def test_packed_documents_equal_transformers_one_by_one(kind, cuts):
 
 
 def no_state(summary, context):
-    return (torch.zeros_like(summary.S) if context.crosses_left else None), comm.Transitions()
+    return (torch.zeros_like(summary.S) if context.crosses_left else None), boundary.Transitions()
 
 
 MUTATIONS = {

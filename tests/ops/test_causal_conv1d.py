@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from cp_gdn import build_cp_context, comm
+from cp_gdn import boundary, build_cp_context
 from cp_gdn.ops.causal_conv1d import causal_conv1d
 
 from ..cases import assert_close
@@ -87,13 +87,13 @@ def test_matches_the_token_loop(T, D, W, cu_seqlens, sizes, B):
 @pytest.mark.parametrize("attribute", ["exchange_halo", "return_halo"])
 @pytest.mark.parametrize(("T", "D", "W", "cu_seqlens", "sizes", "B"), CASES[:3])
 def test_a_dropped_halo_is_seen(monkeypatch, attribute, T, D, W, cu_seqlens, sizes, B):
-    true = getattr(comm, attribute)
+    true = getattr(boundary, attribute)
 
     def dropped(*args):
         out = true(*args)
         return torch.zeros_like(out) if attribute == "exchange_halo" else []
 
-    monkeypatch.setattr(comm, attribute, dropped)
+    monkeypatch.setattr(boundary, attribute, dropped)
     got = run_ranks(len(sizes), sharded, T, D, W, cu_seqlens, sizes, B)[0]
     with pytest.raises(AssertionError):
         assert_close(got, reference(T, D, W, cu_seqlens, B), 1e-3, NAMES)

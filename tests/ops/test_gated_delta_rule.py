@@ -8,7 +8,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cp_gdn import build_cp_context, chunk_gated_delta_rule, comm
+from cp_gdn import boundary, build_cp_context, chunk_gated_delta_rule
 from cp_gdn.ops.reference import recurrent_gated_delta_rule
 
 from ..cases import Case, assert_close, assert_equal, make_case, outputs_and_gradients
@@ -210,8 +210,8 @@ def _zero_receive(like, context, *, reverse=False):
     return None if S is None else torch.zeros_like(S)
 
 
-_true_exchange, _true_gradients = comm.exchange_states, comm.exchange_gradients
-_true_receive = comm.receive_state
+_true_exchange, _true_gradients = boundary.exchange_states, boundary.exchange_gradients
+_true_receive = boundary.receive_state
 
 MUTATIONS = {
     "forward state dropped": ("exchange_states", _zero_forward),
@@ -231,7 +231,7 @@ def test_a_broken_exchange_is_seen(monkeypatch, references, mutation, exchange, 
     attribute, replacement = MUTATIONS[mutation]
     if exchange == "serial":
         attribute, replacement = "receive_state", _zero_receive
-    monkeypatch.setattr(comm, attribute, replacement)
+    monkeypatch.setattr(boundary, attribute, replacement)
     case, ref = references[name]
     result = run_ranks(3, _all_cuts, {name: case}, exchange)[0]
     for dtype in (torch.float64, torch.float32):

@@ -8,7 +8,7 @@ when that state is lost.
 import numpy as np
 import pytest
 
-from cp_gdn import comm
+from cp_gdn import boundary
 from cp_gdn.train.engine import build_engine
 from cp_gdn.train.schedule import learning_rate
 from cp_gdn.train.step import TrainStep
@@ -37,8 +37,8 @@ def all_stages(rank, size, folder):
 
 
 def lost_states(rank, size, folder):
-    comm.exchange_states = lambda summary, context: (None, comm.Transitions())
-    comm.exchange_gradients = lambda dS, transitions, context: None
+    boundary.exchange_states = lambda summary, context: (None, boundary.Transitions())
+    boundary.exchange_gradients = lambda dS, transitions, context: None
     return curve(folder, 1)
 
 

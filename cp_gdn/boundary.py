@@ -1,0 +1,211 @@
+"""What crosses the cuts between shards: boundary states, their gradients, and the convolution's halo.
+
+Boundary states walk the ranks in order, forward from rank 0, backward from rank P - 1, each hop an affine map
+(scan.py):
+
+    S_in[r + 1] = M[r] S_in[r] + S_ext[r]        dS_in[r - 1] = M[r]^T dS_in[r] + dS_ext[r]
+
+The exchanges differ only in who evaluates this chain: neighbours (ring), the owner of a head (all_to_all), or everybody
+(all_gather). Which hops exist is host knowledge of the context, so a rank never waits for a message that nobody sends.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .comm import Pending, gather_flat, scatter_rows, swap
+from .scan import Summary, apply, scan, transpose
+
+if TYPE_CHECKING:
+    from .context import CPContext
+
+# ---- boundary states -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """The M that the backward reuses: this rank's own (ring), or every rank's for the owned or for all heads."""
+
+    own: Tensor | None = None
+    by_rank: Tensor | None = None
+
+
+def start_exchange_states(
+    summary: Summary, context: "CPContext"
+) -> "Pending[tuple[Tensor | None, Transitions]]":
+    """:func:`exchange_states`, while the current stream goes on."""
+    return Pending(lambda: exchange_states(summary, context), summary.S.device, summary)
+
+
+def start_exchange_gradients(
+    dS: Tensor, transitions: Transitions, context: "CPContext"
+) -> "Pending[Tensor | None]":
+    """:func:`exchange_gradients`, while the current stream goes on."""
+    return Pending(lambda: exchange_gradients(dS, transitions, context), dS.device, dS)
+
+
+def exchange_states(summary: Summary, context: "CPContext") -> tuple[Tensor | None, Transitions]:
+    """State that enters this rank from its predecessor, [B, Hv, K, V]; None where no document crosses the cut.
+
+    ``summary.M`` [B, Hv, K, K] is needed on through ranks only. The second result serves :func:`exchange_gradients`.
+    """
+    if context.exchange == "ring":
+        return _ring(summary, context, reverse=False), Transitions(own=summary.M)
+    anywhere = any(context.through(rank) for rank in range(context.size))
+    M = summary.M
+    if anywhere and M is None:
+        K = summary.S.shape[-2]
+        M = summary.S.new_zeros(*summary.S.shape[:-1], K)
+    run = _all_to_all if context.exchange == "all_to_all" else _all_gather
+    S_in, transitions = run(
+        Summary(M if anywhere else None, summary.S), None, context, reverse=False
+    )
+    return S_in, Transitions(by_rank=transitions)
+
+
+def exchange_gradients(dS: Tensor, transitions: Transitions, context: "CPContext") -> Tensor | None:
+    """Gradient that enters this rank's last state from its successor; the forward's M serve again, transposed."""
+    if context.exchange == "ring":
+        return _ring(Summary(transpose(transitions.own), dS), context, reverse=True)
+    run = _all_to_all if context.exchange == "all_to_all" else _all_gather
+    return run(Summary(None, dS), transpose(transitions.by_rank), context, reverse=True)[0]
+
+
+def receive_state(like: Tensor, context: "CPContext", *, reverse: bool = False) -> Tensor | None:
+    """The neighbour's state (reverse: the successor's gradient), or None where nothing crosses that cut."""
+    if not (context.crosses_right if reverse else context.crosses_left):
+        return None
+    buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
+    swap([], [(context.rank + (1 if reverse else -1), buffer)], context)
+    return buffer
+
+
+def send_state(state: Tensor, context: "CPContext", *, reverse: bool = False) -> None:
+    """Hand the state to the successor (reverse: the gradient to the predecessor), where a document crosses the cut."""
+    if context.crosses_left if reverse else context.crosses_right:
+        swap([(context.rank + (-1 if reverse else 1), state.contiguous())], [], context)
+
+
+def _ring(summary: Summary, context: "CPContext", *, reverse: bool) -> Tensor | None:
+    S_in = receive_state(summary.S, context, reverse=reverse)
+    through = Summary(summary.M if context.through(context.rank) else None, summary.S)
+    send_state(apply(through, S_in), context, reverse=reverse)
+    return S_in
+
+
+def _walk(
+    S: Tensor, M: Tensor | None, context: "CPContext", *, reverse: bool
+) -> list[Tensor | None]:
+    """Incoming state of every rank, in rank order, from the stacked summaries S [P, ...], M [P, ...]."""
+    ranks = list(range(context.size))
+    if reverse:
+        ranks.reverse()
+    links = [context.crosses(max(a, b)) for a, b in itertools.pairwise(ranks)]
+    chain = [Summary(M[r] if M is not None and context.through(r) else None, S[r]) for r in ranks]
+    incoming = scan(chain, links)
+    return [incoming[ranks.index(r)] for r in range(context.size)]
+
+
+def _receives(context: "CPContext", reverse: bool) -> bool:
+    return context.crosses_right if reverse else context.crosses_left
+
+
+def _all_gather(
+    summary: Summary, M: Tensor | None, context: "CPContext", *, reverse: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    V = summary.S.shape[-1]
+    message = summary.S if summary.M is None else torch.cat((summary.S, summary.M), -1)
+    every = message.new_empty(context.size, *message.shape)  # [P, B, Hv, K, V (+ K)]
+    gather_flat(every.flatten(0, 1), message.contiguous(), context.group)
+    if summary.M is not None:
+        M = every[..., V:]
+    incoming = _walk(every[..., :V], M, context, reverse=reverse)[context.rank]
+    return (incoming if _receives(context, reverse) else None), M
+
+
+def _all_to_all(
+    summary: Summary, M: Tensor | None, context: "CPContext", *, reverse: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Heads scattered over the ranks: an owner scans its heads for all ranks and sends each its incoming state."""
+    P, V = context.size, summary.S.shape[-1]
+    message = summary.S if summary.M is None else torch.cat((summary.S, summary.M), -1)
+    rows = message.reshape(-1, *message.shape[-2:])  # [B * Hv, K, V (+ K)]
+    counts = [len(rows) // P + (rank < len(rows) % P) for rank in range(P)]
+    mine = counts[context.rank]
+
+    owned = rows.new_empty(P * mine, *rows.shape[1:])
+    scatter_rows(owned, rows.contiguous(), [mine] * P, counts, context.group)
+    owned = owned.view(P, mine, *rows.shape[1:])
+    if summary.M is not None:
+        M = owned[..., V:]
+    states = torch.zeros_like(owned[..., :V], memory_format=torch.contiguous_format)
+    for rank, state in enumerate(_walk(owned[..., :V], M, context, reverse=reverse)):
+        if state is not None:
+            states[rank] = state
+
+    back = torch.empty_like(rows[..., :V], memory_format=torch.contiguous_format)
+    scatter_rows(back, states.flatten(0, 1), counts, [mine] * P, context.group)
+    return (back.view_as(summary.S) if _receives(context, reverse) else None), M
+
+
+# ---- convolution halo ----------------------------------------------------------------------------------------------
+
+
+def _halo_spans(context: "CPContext", width: int) -> tuple[list, list]:
+    """Who sends which tokens: ([(target, low, high)], [(source, low, high)]), global tokens.
+
+    A rank needs the ``width`` tokens before its first one that belong to the same document, from as many predecessors
+    as hold them.
+    """
+    bounds = context.shard_bounds
+
+    def need(rank: int) -> int:
+        return max(context.document_start(bounds[rank]), bounds[rank] - width, 0)
+
+    sends = []
+    for target in range(context.rank + 1, context.size):
+        if bounds[target] - width >= context.end:
+            break
+        low = max(need(target), context.start)
+        if low < context.end:
+            sends.append((target, low, context.end))
+    receives = []
+    if context.rank > 0:
+        low = need(context.rank)
+        for source in range(context.rank - 1, -1, -1):
+            if bounds[source + 1] <= low:
+                break
+            receives.append((source, max(low, bounds[source]), bounds[source + 1]))
+    return sends, receives
+
+
+def exchange_halo(x: Tensor, context: "CPContext", width: int) -> Tensor:
+    """The ``width`` tokens before this shard, [B, width, D]; zero where the document does not reach that far back."""
+    sends, receives = _halo_spans(context, width)
+    start, B, D = context.start, x.shape[0], x.shape[2]
+    halo = x.new_zeros(B, width, D)
+    outgoing = [(p, x[:, low - start : high - start].contiguous()) for p, low, high in sends]
+    incoming = [(p, x.new_empty(B, high - low, D)) for p, low, high in receives]
+    swap(outgoing, incoming, context)
+    for (_, low, high), (_, part) in zip(receives, incoming, strict=True):
+        halo[:, low - start + width : high - start + width] = part
+    return halo
+
+
+def return_halo(dhalo: Tensor, context: "CPContext", width: int) -> list[tuple[slice, Tensor]]:
+    """Send the gradient of the halo to its owners; what this rank gets, as (local tokens, gradient) to be added."""
+    sends, receives = _halo_spans(context, width)
+    start, B, D = context.start, dhalo.shape[0], dhalo.shape[2]
+    outgoing = [
+        (p, dhalo[:, low - start + width : high - start + width].contiguous())
+        for p, low, high in receives
+    ]
+    incoming = [(p, dhalo.new_empty(B, high - low, D)) for p, low, high in sends]
+    swap(outgoing, incoming, context)
+    return [
+        (slice(low - start, high - start), part)
+        for (_, low, high), (_, part) in zip(sends, incoming, strict=True)
+    ]
