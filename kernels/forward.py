@@ -1,35 +1,37 @@
-"""The forward of the gated delta rule on Hopper, and summaries of whole shards: functions to call.
+"""The forward of the gated delta rule on Hopper: functions to call.
 
     prepare -> [summary -> scan] -> recurrence
 
-The bracket runs where documents are cut into segments (plan.py). Nothing here reads the device: the
-calls can be captured in a CUDA graph, and metadata of packed documents is found by the kernels.
+The bracket runs where documents are cut into segments (plan.py) or continue on other ranks. For the
+latter the forward comes in three stages, between which states travel:
+
+    open_forward      prepare, and the summaries of all segments
+    leaving_summary   S_out = M S_in + S_ext of the sequences that go on elsewhere
+    close_forward     from the states that came in: scan and recurrence
+
+Nothing here reads the device: the calls can be captured in a CUDA graph, and metadata of packed
+documents is found by the kernels.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from .common import CHUNK, slots
+from .inputs import DTYPES, KEY_DIM, Packed, check, check_states, pack
 from .plan import Plan, plan_segments
 from .prepare import prepare
 from .recurrence import recurrence
-from .scan import scan
+from .scan import COLUMNS, scan
 from .summary import summary
-
-KEY_DIM = 128
-MOST_CHUNKS = 65535  # of a launch's second grid dimension
-SUMMARY_PARTS = 16  # segments that a whole shard's summary is composed of, at most
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True)
 class Saved:
     """What a backward needs beside the inputs: 132 bytes a token and value head, and 128 KiB a
     segment and head. `a` and `gate` are read as they are; preparing them again would cost as much
-    time as writing and reading them, and nothing else of the forward is worth its bytes. Without
-    `plan.split` the last two are placeholders."""
+    time as writing and reading them, and nothing else of the forward is worth its bytes. Where
+    nothing was summarised the last two are placeholders."""
 
     a: torch.Tensor  # [NC, Hv, 64, 64], see prepare.py
     gate: torch.Tensor  # [NC, Hv, 64] fp32
@@ -41,78 +43,21 @@ class Saved:
     plan: Plan
 
 
-class _Packed(NamedTuple):
-    """Inputs with batch and time in one axis."""
+@dataclass
+class OpenForward:
+    """A forward between open_forward and close_forward."""
 
-    k: torch.Tensor  # [L, Hk, K]
-    v: torch.Tensor  # [L, Hv, V]
-    g: torch.Tensor  # [L, Hv]
-    beta: torch.Tensor  # [L, Hv]
-    cu: torch.Tensor  # [N + 1] int32
-    documents: int
-
-    @property
-    def bits(self) -> int:
-        return (self.documents - 1).bit_length()
-
-
-def _check(k, v, g, beta, cu_seqlens, initial_state, q=None) -> None:
-    batch, tokens, key_heads, key_dim = k.shape
-    value_heads, value_dim = v.shape[2:]
-    if not k.is_cuda:
-        raise ValueError(f"the inputs are on {k.device}; the kernels need a Hopper GPU")
-    if key_dim != KEY_DIM or value_dim != 128:
-        raise ValueError(f"K = {key_dim}, V = {value_dim}; the kernels take K = V = 128")
-    if k.dtype not in (torch.bfloat16, torch.float16) or v.dtype != k.dtype:
-        raise ValueError(
-            f"k is {k.dtype} and v {v.dtype}; the kernels take bf16 or fp16, one for all"
-        )
-    if q is not None and (q.shape != k.shape or q.dtype != k.dtype):
-        raise ValueError(
-            f"q is {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}: make them equal"
-        )
-    if value_heads % key_heads:
-        raise ValueError(f"{value_heads} value heads are no multiple of {key_heads} key heads")
-    for name, x in (("g", g), ("beta", beta)):
-        if x.shape != (batch, tokens, value_heads) or x.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} is {tuple(x.shape)} {x.dtype}; expected {(batch, tokens, value_heads)} in "
-                "fp32, bf16 or fp16"
-            )
-    if cu_seqlens is not None:
-        if batch != 1:
-            raise ValueError(f"cu_seqlens needs B = 1, got B = {batch}: flatten the batch")
-        if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != k.device:
-            raise ValueError(
-                f"cu_seqlens is {cu_seqlens.dtype} on {cu_seqlens.device}; expected int32 on {k.device}"
-            )
-    if initial_state is not None:
-        documents = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-        expected = (documents, value_heads, key_dim, value_dim)
-        if tuple(initial_state.shape) != expected or initial_state.dtype != torch.float32:
-            raise ValueError(
-                f"initial_state is {tuple(initial_state.shape)} {initial_state.dtype}; expected "
-                f"{expected} in fp32"
-            )
+    packed: Packed
+    shape: tuple[int, ...]  # of v and o
+    initial: torch.Tensor | None
+    open_left: int
+    open_right: int
+    normalize: bool
+    saved: Saved
+    scanned: bool = False  # documents that begin here, by leaving_summary
 
 
-def _pack(k, v, g, beta, cu_seqlens) -> _Packed:
-    batch, tokens = k.shape[:2]
-    if cu_seqlens is None:
-        cu = torch.arange(batch + 1, device=k.device, dtype=torch.int32) * tokens
-    else:
-        cu = cu_seqlens.contiguous()
-    k, v, g, beta = (x.reshape(batch * tokens, *x.shape[2:]).contiguous() for x in (k, v, g, beta))
-    documents = cu.numel() - 1
-    if slots(batch * tokens, documents, CHUNK) > MOST_CHUNKS:
-        raise ValueError(
-            f"{batch * tokens} tokens in {documents} documents are more than {MOST_CHUNKS} chunks of "
-            f"{CHUNK}, the most of one call: use more ranks, or fewer sequences a call"
-        )
-    return _Packed(k, v, g, beta, cu, documents)
-
-
-def _prepare(x: _Packed, normalize: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _prepare(x: Packed, normalize: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, key_heads = x.k.shape[:2]
     value_heads = x.v.shape[1]
     chunks = slots(tokens, x.documents, CHUNK)
@@ -130,21 +75,152 @@ def _prepare(x: _Packed, normalize: bool) -> tuple[torch.Tensor, torch.Tensor, t
     return a, gate, rnorm
 
 
-def _summarise(x: _Packed, a, gate, rnorm, segment, initial, *, normalize, truncate, whole):
-    """states, maps and live of every segment slot; see summary.py."""
-    value_heads, value_dim = x.v.shape[1:]
-    count = slots(x.v.shape[0], x.documents, segment * CHUNK)
-    states = gate.new_empty(count, value_heads, KEY_DIM, value_dim)
-    maps = torch.empty(
-        count, value_heads, 2, KEY_DIM, KEY_DIM, dtype=torch.bfloat16, device=gate.device
-    )
-    live = torch.empty(count, value_heads, dtype=torch.int32, device=gate.device)
-    kernel = summary(dtype=DTYPES[x.k.dtype], normalize=normalize)
-    kernel(
-        x.k, x.v, a, gate, rnorm, x.cu, states if initial is None else initial, states, maps, live,
-        segment, x.bits, int(initial is not None), int(truncate), int(whole),
+def _scan(opened: OpenForward, incoming, state, transition, *, documents, closing) -> None:
+    x, saved, tiles = opened.packed, opened.saved, opened.shape[-1] // COLUMNS
+    states = saved.states
+    scan()(
+        states, saved.maps, saved.live, x.cu,
+        states if opened.initial is None else opened.initial,
+        states if incoming is None else incoming,
+        states if state is None else state,
+        states if transition is None else transition,
+        saved.plan.segment, tiles if transition is None else 2 * tiles, documents,
+        int(opened.initial is not None), opened.open_left, opened.open_right, int(closing),
     )  # fmt: skip
-    return states, maps, live
+
+
+def open_forward(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    open_left: int = 0,
+    open_right: int = 0,
+    use_qk_l2norm_in_kernel: bool = False,
+    keys_normalized: bool = False,
+    plan: Plan | None = None,
+) -> OpenForward:
+    """All of a forward that needs neither the queries nor states of other ranks.
+
+    Args:
+        open_left: how many sequences, the first ones, get their state later: close_forward's
+            `incoming`. Their `initial_state` is not read.
+        open_right: how many, the last ones, pass their state on: leaving_summary.
+
+    The other arguments are those of chunk_gdn_forward.
+    """
+    check(k, v, g, beta, cu_seqlens, initial_state)
+    x = pack(k, v, g, beta, cu_seqlens)
+    for name, count in (("open_left", open_left), ("open_right", open_right)):
+        if not 0 <= count <= x.documents:
+            raise ValueError(f"{name} = {count}; there are {x.documents} sequences: 0 to that many")
+    tokens, value_heads, value_dim = x.v.shape
+    normalize = use_qk_l2norm_in_kernel
+    if plan is None:
+        plan = plan_segments(
+            tokens,
+            x.documents,
+            value_heads,
+            value_dim,
+            packed=cu_seqlens is not None and x.documents > 1,
+            processors=torch.cuda.get_device_properties(k.device).multi_processor_count,
+            summarised=open_right > 0,
+        )
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+    a, gate, rnorm = _prepare(x, normalize)
+    count = slots(tokens, x.documents, plan.segment * CHUNK)
+    states = gate.new_empty(count, value_heads, KEY_DIM, value_dim)
+    used = count if plan.split or open_right else 1
+    maps = torch.empty(
+        used, value_heads, 2, KEY_DIM, KEY_DIM, dtype=torch.bfloat16, device=k.device
+    )
+    live = torch.empty(used, value_heads, dtype=torch.int32, device=k.device)
+    if plan.split or open_right:
+        summary(dtype=DTYPES[k.dtype], normalize=normalize)(
+            x.k, x.v, a, gate, rnorm, x.cu, states if initial_state is None else initial_state,
+            states, maps, live, plan.segment, x.bits, int(initial_state is not None),
+            int(normalize or keys_normalized), open_left, open_right,
+        )  # fmt: skip
+    saved = Saved(a, gate, rnorm, states, x.cu, maps, live, plan)
+    return OpenForward(x, tuple(v.shape), initial_state, open_left, open_right, normalize, saved)
+
+
+def leaving_summary(
+    opened: OpenForward, *, transition: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What the last `open_right` sequences do to a state: S_out = M S_in + S_ext.
+
+    Returns M [open_right, Hv, K, K], or None without `transition`, and S_ext [open_right, Hv, K, V],
+    both fp32. Where a sequence begins here, S_ext is its state and M zero. With keys of unit norm M
+    is exactly zero for heads whose gates decay below 2^-24 over one of the sequence's segments.
+    Once, and before close_forward.
+    """
+    assert not opened.scanned, "leaving_summary comes once"
+    x, count, gate = opened.packed, opened.open_right, opened.saved.gate
+    heads, value_dim = opened.shape[-2:]
+    state = gate.new_empty(count, heads, KEY_DIM, value_dim)
+    M = gate.new_empty(count, heads, KEY_DIM, KEY_DIM) if transition else None
+    if count:
+        _scan(opened, None, state, M, documents=x.documents, closing=False)
+        opened.scanned = True
+    return M, state
+
+
+def close_forward(
+    opened: OpenForward,
+    q: torch.Tensor,
+    *,
+    incoming: torch.Tensor | None = None,
+    scale: float | None = None,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, Saved]:
+    """The rest of a forward: o, final states and Saved as chunk_gdn_forward returns them.
+
+    incoming: [open_left, Hv, K, V] fp32, the states that enter the first sequences.
+    """
+    x, saved, open_left = opened.packed, opened.saved, opened.open_left
+    value_heads, value_dim = opened.shape[-2:]
+    batch, tokens = opened.shape[:2]
+    if (incoming is None) != (open_left == 0):
+        raise ValueError(
+            f"incoming is {'missing' if incoming is None else 'given'}, open_left was {open_left}: "
+            "states enter exactly the sequences that were opened for them"
+        )
+    if q.shape != (batch, tokens, *x.k.shape[1:]) or q.dtype != x.k.dtype:
+        raise ValueError(
+            f"q is {tuple(q.shape)} {q.dtype}; expected {(batch, tokens, *x.k.shape[1:])} "
+            f"{x.k.dtype}, as k"
+        )
+    if incoming is not None:
+        check_states(incoming, (open_left, value_heads, KEY_DIM, value_dim), "incoming")
+        incoming = incoming.contiguous()
+    initial, plan, states = opened.initial, saved.plan, saved.states
+    documents = open_left if opened.scanned else x.documents
+    exact = 1 if open_left else 2  # segments of a document that need no scan
+    if plan.split and documents and tokens > exact * plan.segment * CHUNK:
+        _scan(opened, incoming, None, None, documents=documents, closing=True)
+    o = torch.empty_like(x.v)
+    final = None
+    if output_final_state:
+        final = states.new_empty(x.documents, value_heads, KEY_DIM, value_dim)
+    kernel = recurrence(
+        dtype=DTYPES[x.k.dtype],
+        value_dim=value_dim,
+        halves=plan.halves,
+        normalize=opened.normalize,
+    )
+    kernel(
+        q.reshape(x.k.shape).contiguous(), x.k, x.v, saved.a, saved.gate, saved.rnorm, x.cu,
+        states if initial is None else initial, states if incoming is None else incoming,
+        states, o, states if final is None else final,
+        KEY_DIM**-0.5 if scale is None else scale, plan.segment, x.bits,
+        int(initial is not None), int(output_final_state), open_left,
+    )  # fmt: skip
+    return o.view(opened.shape), final, saved
 
 
 def chunk_gdn_forward(
@@ -180,52 +256,11 @@ def chunk_gdn_forward(
     Raises:
         ValueError: for shapes, dtypes or devices outside the above.
     """
-    _check(k, v, g, beta, cu_seqlens, initial_state, q)
-    x = _pack(k, v, g, beta, cu_seqlens)
-    tokens, value_heads, value_dim = x.v.shape
-    normalize = use_qk_l2norm_in_kernel
-    if plan is None:
-        plan = plan_segments(
-            tokens,
-            x.documents,
-            value_heads,
-            value_dim,
-            packed=cu_seqlens is not None and x.documents > 1,
-            processors=torch.cuda.get_device_properties(k.device).multi_processor_count,
-        )
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
-    a, gate, rnorm = _prepare(x, normalize)
-    if plan.split:
-        states, maps, live = _summarise(
-            x, a, gate, rnorm, plan.segment, initial_state, normalize=normalize,
-            truncate=normalize or keys_normalized, whole=False,
-        )  # fmt: skip
-        if cu_seqlens is not None or 2 * plan.segment * CHUNK < tokens // x.documents:
-            scan()(states, maps, live, x.cu, states, states, plan.segment)
-    else:
-        count = slots(tokens, x.documents, plan.segment * CHUNK)
-        states = gate.new_empty(count, value_heads, KEY_DIM, value_dim)
-        maps = torch.empty(
-            1, value_heads, 2, KEY_DIM, KEY_DIM, dtype=torch.bfloat16, device=k.device
-        )
-        live = torch.empty(1, value_heads, dtype=torch.int32, device=k.device)
-    o = torch.empty_like(x.v)
-    final = None
-    if output_final_state:
-        final = gate.new_empty(x.documents, value_heads, KEY_DIM, value_dim)
-    kernel = recurrence(
-        dtype=DTYPES[k.dtype], value_dim=value_dim, halves=plan.halves, normalize=normalize
-    )
-    kernel(
-        q.reshape(x.k.shape).contiguous(), x.k, x.v, a, gate, rnorm, x.cu,
-        states if initial_state is None else initial_state, states, o,
-        states if final is None else final,
-        KEY_DIM**-0.5 if scale is None else scale, plan.segment, x.bits,
-        int(initial_state is not None), int(output_final_state),
+    opened = open_forward(
+        k, v, g, beta, initial_state=initial_state, cu_seqlens=cu_seqlens,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized, plan=plan,
     )  # fmt: skip
-    saved = Saved(a, gate, rnorm, states, x.cu, maps, live, plan)
-    return o.view(v.shape), final, saved
+    return close_forward(opened, q, scale=scale, output_final_state=output_final_state)
 
 
 def chunk_gdn_summary(
@@ -240,23 +275,13 @@ def chunk_gdn_summary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """M [N, Hv, K, K] and S_ext [N, Hv, K, V], fp32, of every sequence: S_out = M S_in + S_ext.
 
-    Arguments as in chunk_gdn_forward. Where the keys have unit norm, M is exactly zero for heads
-    whose gates decay below 2^-24 over one of the segments that the sequence is summarised in.
+    Arguments as in chunk_gdn_forward.
     """
-    _check(k, v, g, beta, cu_seqlens, None)
-    x = _pack(k, v, g, beta, cu_seqlens)
-    tokens, value_heads, value_dim = x.v.shape
-    normalize = use_qk_l2norm_in_kernel
-    a, gate, rnorm = _prepare(x, normalize)
-    chunks = -(-tokens // CHUNK)
-    processors = torch.cuda.get_device_properties(k.device).multi_processor_count
-    parts = min(SUMMARY_PARTS, max(1, processors // (2 * value_heads)) * 2)
-    segment = max(1, -(-chunks // parts))
-    states, maps, live = _summarise(
-        x, a, gate, rnorm, segment, None, normalize=normalize,
-        truncate=normalize or keys_normalized, whole=True,
+    count = k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    opened = open_forward(
+        k, v, g, beta, cu_seqlens=cu_seqlens, open_left=count, open_right=count,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized,
     )  # fmt: skip
-    total = gate.new_empty(x.documents, value_heads, KEY_DIM, value_dim)
-    transition = gate.new_empty(x.documents, value_heads, KEY_DIM, KEY_DIM)
-    scan(whole=True)(states, maps, live, x.cu, total, transition, segment)
-    return transition, total
+    M, S = leaving_summary(opened, transition=True)
+    assert M is not None
+    return M, S

@@ -33,22 +33,44 @@ class Plan:
     split: bool
 
 
-def _cost(parts: int, chunks: int, lanes: int, halves: int, tiles: int, processors: int) -> float:
+def _cost(
+    parts: int,
+    chunks: int,
+    lanes: int,
+    halves: int,
+    tiles: int,
+    processors: int,
+    summarised: bool,
+) -> float:
     segment = ceil(chunks / parts)
     ctas = lanes * parts * tiles // halves
     waves = ceil(ctas / processors)
     cost = waves * (segment * CHUNK_US[halves] + WAVE_US)
-    if parts > 1:
-        chains = SLOW_HEADS * lanes * (2 * parts - 3) / processors  # S_ext and M, a multiprocessor
-        cost += SPLIT_US + SCAN_STEP_US * (parts - 2) + max(1, chains) * segment * SUMMARY_CHUNK_US
-        cost += SUMMARY_WAVE_US * (parts - 1) * lanes / processors
+    if parts > 1 or summarised:
+        chains = (
+            SLOW_HEADS * lanes * (2 * parts - (0 if summarised else 3)) / processors
+        )  # S_ext and M
+        cost += (
+            SPLIT_US
+            + SCAN_STEP_US * max(0, parts - 2)
+            + max(1, chains) * segment * SUMMARY_CHUNK_US
+        )
+        cost += SUMMARY_WAVE_US * (parts if summarised else parts - 1) * lanes / processors
     return cost
 
 
 def plan_segments(
-    tokens: int, documents: int, value_heads: int, value_dim: int, *, packed: bool, processors: int
+    tokens: int,
+    documents: int,
+    value_heads: int,
+    value_dim: int,
+    *,
+    packed: bool,
+    processors: int,
+    summarised: bool = False,
 ) -> Plan:
-    """Segment length for `documents` sequences of `tokens` in all; `packed` ones differ in length."""
+    """Segment length for `documents` sequences of `tokens` in all; `packed` ones differ in length.
+    `summarised`: all their segments have to be, whatever the plan."""
     chunks = max(1, ceil(tokens / documents / CHUNK))
     tiles = value_dim // 64
     lanes = documents * value_heads
@@ -57,7 +79,7 @@ def plan_segments(
         if tiles % halves:
             continue
         for parts in range(1, min(chunks, 64) + 1):
-            cost = _cost(parts, chunks, lanes, halves, tiles, processors)
+            cost = _cost(parts, chunks, lanes, halves, tiles, processors, summarised)
             if cost < best:
                 best, plan = cost, Plan(ceil(chunks / parts), halves, parts > 1)
     if packed:  # lengths differ: cut whatever exceeds a third of a multiprocessor's share

@@ -50,6 +50,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     N0, NT, NR = T.dynamic("N0"), T.dynamic("NT"), T.dynamic("NR")
+    NI = T.dynamic("NI")
 
     @T.macro
     def store_halves(os_, o, at, h, tile, tx):
@@ -71,6 +72,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
         rnorm: T.Tensor((NR, Hk, C), f32),
         cu: T.Tensor((N1,), i32),
         initial: T.Tensor((N0, Hv, K, value_dim), f32),
+        incoming: T.Tensor((NI, Hv, K, value_dim), f32),
         states: T.Tensor((NS, Hv, K, value_dim), f32),
         o: T.Tensor((L, Hv, value_dim), dtype),
         final: T.Tensor((NT, Hv, K, value_dim), f32),
@@ -79,6 +81,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
         bits: T.int32,
         has_initial: T.int32,
         want_final: T.int32,
+        open_left: T.int32,
     ):
         with T.Kernel(tiles, Hv, NS, threads=workers + 256) as (tile, h, slot):
             T.import_source(MATRIX_COPIES)
@@ -135,7 +138,10 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                 T.set_max_nreg(208 if halves == 2 else 240, 1)
                 T.clear(S)
                 if at[PART] == 0:
-                    if has_initial != 0:
+                    if at[DOC] < open_left:
+                        for x, y in T.Parallel(BV, K):
+                            S[x, y] = incoming[at[DOC], h, y, tile * BV + x]
+                    elif has_initial != 0:
                         for x, y in T.Parallel(BV, K):
                             S[x, y] = initial[at[DOC], h, y, tile * BV + x]
                 else:

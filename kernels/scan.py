@@ -2,11 +2,14 @@
 
 States stay fp32. M and the state enter the products as two bf16 numbers each, x = high + low: the
 three wgmmas [128, 128] x [128, 32] of a step are good to 2^-16. The next M is on its way while a
-step runs.
+step runs. A segment whose M vanished (live = 0) needs no step.
 
-    whole = False   before the main pass, in place: states[s] becomes the state that leaves segment s.
-                    A segment whose M vanished (live = 0) needs nothing; the first one is exact already.
-    whole = True    a shard's own summary: S_ext and M of every document, from all its segments.
+    closing = 1   before the main pass, in place: states[s] becomes the state that leaves segment s.
+                  A document's first one is exact already, unless the document is among the first
+                  `open_left`: these begin with their `incoming` state.
+    closing = 0   what leaves the last `open_right` documents: `total_state` and, with eight tiles
+                  instead of four, `total_map`, composed of all their segments. Documents that
+                  begin here are scanned in place on the way and need no closing.
 """
 
 import tilelang
@@ -15,14 +18,15 @@ import tilelang.language as T
 from .common import CHUNK, FLAGS, TARGET
 
 MOST_SEGMENTS = 4096  # of a document
+COLUMNS = 32
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
-def scan(*, whole=False):
-    K, V, COLS = 128, 128, 32
+def scan():
+    K, V, COLS = 128, 128, COLUMNS
     f32, bf16, i32 = "float32", "bfloat16", "int32"
     NS, Hv, N1, NT = T.dynamic("NS"), T.dynamic("Hv"), T.dynamic("N1"), T.dynamic("NT")
-    tiles = (V + K if whole else V) // COLS
+    N0, NI, NM = T.dynamic("N0"), T.dynamic("NI"), T.dynamic("NM")
 
     @T.macro
     def fetch(maps, slot, h, stage, Ms, full):
@@ -36,11 +40,19 @@ def scan(*, whole=False):
         maps: T.Tensor((NS, Hv, 2, K, K), bf16),
         live: T.Tensor((NS, Hv), i32),
         cu: T.Tensor((N1,), i32),
+        initial: T.Tensor((N0, Hv, K, V), f32),
+        incoming: T.Tensor((NI, Hv, K, V), f32),
         total_state: T.Tensor((NT, Hv, K, V), f32),
-        total_map: T.Tensor((NT, Hv, K, K), f32),
+        total_map: T.Tensor((NM, Hv, K, K), f32),
         segment: T.int32,
+        tiles: T.int32,
+        documents: T.int32,
+        has_initial: T.int32,
+        open_left: T.int32,
+        open_right: T.int32,
+        closing: T.int32,
     ):
-        with T.Kernel(tiles, Hv, N1 - 1, threads=256) as (tile, h, doc):
+        with T.Kernel(tiles, Hv, documents, threads=256) as (tile, h, doc):
             Ms = T.alloc_shared((4, K, K), bf16)  # [stage * 2 + (high, low)]
             Ss = T.alloc_shared((2, COLS, K), bf16)
             acc = T.alloc_fragment((K, COLS), f32)
@@ -53,46 +65,67 @@ def scan(*, whole=False):
             count = T.truncdiv(end - begin + block - 1, block)
             column = tile % (V // COLS) * COLS
             is_map = tile >= V // COLS
-            # the steps are segments start .. stop - 1; whole shards step through all of them
-            start = 0 if whole else 1
-            stop = count if whole else count - 1
+            arrives = doc < open_left
+            leaves = closing == 0 and doc >= N1 - 1 - open_right
+            out = doc - (N1 - 1 - open_right)
+            writes = T.alloc_local((1,), i32)  # states below this segment are replaced
+            writes[0] = count - 1
+            if is_map or (arrives and closing == 0):
+                writes[0] = 0
+            # the steps are segments start .. stop - 1
+            start = T.if_then_else(arrives and closing != 0, 0, 1)
+            stop = T.alloc_local((1,), i32)
+            stop[0] = writes[0]
+            if leaves:
+                stop[0] = count
 
             flags = T.alloc_shared((MOST_SEGMENTS,), i32)
-            for x in T.serial(T.ceildiv(stop, 256)):
-                if x * 256 + tx < stop:
+            for x in T.serial(T.ceildiv(stop[0], 256)):
+                if x * 256 + tx < stop[0]:
                     flags[x * 256 + tx] = live[first + x * 256 + tx, h]
             used = T.alloc_local((1,), i32)  # products so far; they alternate between two stages
             used[0] = 0
             held = T.alloc_local((1,), i32)  # whether S is in registers
-            held[0] = 1 if whole else 0
-            if whole:
-                for x, y in T.Parallel(K, COLS):
-                    S[x, y] = T.if_then_else(is_map and x == column + y, 1.0, 0.0)
+            held[0] = 0
+            T.clear(S)
             T.sync_threads()
-            if stop > start:
+            if start == 0:
+                held[0] = 1
+                for x, y in T.Parallel(K, COLS):
+                    S[x, y] = incoming[doc, h, x, column + y]
+            if is_map and count > 0:
+                if flags[0] != 0:
+                    held[0] = 1
+                    for x, y in T.Parallel(K, COLS):
+                        S[x, y] = T.cast(maps[first, h, 0, x, column + y], f32) + T.cast(
+                            maps[first, h, 1, x, column + y], f32
+                        )
+                for x in T.serial(stop[0]):  # one M that vanished, and so does the product
+                    if flags[x] == 0:
+                        held[0] = 0
+                if held[0] == 0:
+                    stop[0] = 0
+            if stop[0] > start:
                 if flags[start] != 0:
                     fetch(maps, first + start, h, 0, Ms, full)
-            for step in T.serial(T.max(stop - start, 0)):
+            for step in T.serial(T.max(stop[0] - start, 0)):
                 s = start + step
                 slot = first + s
                 stage = used[0] % 2
                 if flags[s] != 0:
-                    if s + 1 < stop:
+                    if s + 1 < stop[0]:
                         if flags[s + 1] != 0:
                             fetch(maps, slot + 1, h, 1 - stage, Ms, full)
                     if held[0] == 0:
-                        if whole and is_map:
-                            T.clear(S)
-                        else:
-                            for x, y in T.Parallel(K, COLS):
-                                S[x, y] = states[slot - 1, h, x, column + y]
+                        for x, y in T.Parallel(K, COLS):
+                            S[x, y] = states[slot - 1, h, x, column + y]
                     for x, y in T.Parallel(K, COLS):
                         high = T.cast(S[x, y], bf16)
                         Ss[0, y, x] = high
                         Ss[1, y, x] = T.cast(S[x, y] - T.cast(high, f32), bf16)
                     T.fence_proxy_async()
                     T.sync_threads()
-                    if whole and is_map:
+                    if is_map:
                         T.clear(S)
                     else:
                         for x, y in T.Parallel(K, COLS):
@@ -123,7 +156,7 @@ def scan(*, whole=False):
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(K, COLS):
                         S[x, y] += acc[x, y]
-                    if not whole:
+                    if s < writes[0]:
                         for x, y in T.Parallel(K, COLS):
                             states[slot, h, x, column + y] = S[x, y]
                     T.sync_threads()
@@ -131,21 +164,30 @@ def scan(*, whole=False):
                     held[0] = 1
                 else:
                     held[0] = 0
-                    if s + 1 < stop:
+                    if s + 1 < stop[0]:
                         if flags[s + 1] != 0:
                             fetch(maps, slot + 1, h, stage, Ms, full)
-            if whole and held[0] == 0:
+            if leaves:
+                if held[0] == 0:
+                    if count == 0:  # nothing happens to the state
+                        T.clear(S)
+                        if is_map:
+                            if arrives:
+                                for x, y in T.Parallel(K, COLS):
+                                    S[x, y] = T.if_then_else(x == column + y, 1.0, 0.0)
+                        elif has_initial != 0 and not arrives:
+                            for x, y in T.Parallel(K, COLS):
+                                S[x, y] = initial[doc, h, x, column + y]
+                    elif is_map:
+                        T.clear(S)
+                    else:
+                        for x, y in T.Parallel(K, COLS):
+                            S[x, y] = states[first + count - 1, h, x, column + y]
                 if is_map:
-                    T.clear(S)
+                    for x, y in T.Parallel(K, COLS):
+                        total_map[out, h, x, column + y] = S[x, y]
                 else:
                     for x, y in T.Parallel(K, COLS):
-                        S[x, y] = states[first + stop - 1, h, x, column + y]
-            if whole:
-                if is_map:
-                    for x, y in T.Parallel(K, COLS):
-                        total_map[doc, h, x, column + y] = S[x, y]
-                else:
-                    for x, y in T.Parallel(K, COLS):
-                        total_state[doc, h, x, column + y] = S[x, y]
+                        total_state[out, h, x, column + y] = S[x, y]
 
     return main

@@ -6,11 +6,14 @@ its outgoing state and needs no M); for M the 128 columns of the identity, with 
 the serial chain stay in registers, two warpgroups of 64 columns each.
 
 Which work is done is decided on the device, a (segment, head) at a time:
-    whole = 0   for the main pass: neither S_ext nor M of a document's last segment, no M of its first
-    whole = 1   for context parallelism: all, from zero states
-    truncate    where the keys have unit norm and beta lies in [0, 1], |M| <= exp(sum of log gates).
-                Below 2^-24 (an fp32 state cannot show it) M is not computed and S_ext starts at the
-                first chunk from the end before which the gates decay that far.
+    first, last     neither S_ext nor M of a document's last segment, no M of its first: the main
+                    pass begins with a known state and nobody asks for what leaves
+    open_left       documents, the first ones, whose state arrives later from another rank: their
+                    first segment counts as one in the middle
+    open_right      documents, the last ones, whose state goes to another rank: so does their last
+    truncate        where the keys have unit norm and beta lies in [0, 1], |M| <= exp(sum of log
+                    gates). Below 2^-24 (an fp32 state cannot show it) M is not computed and S_ext
+                    starts at the first chunk from the end before which the gates decay that far.
 `live` says whether M was written. M leaves as two bf16 numbers, M = high + low, for scan.py.
 """
 
@@ -59,7 +62,8 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
         bits: T.int32,
         has_initial: T.int32,
         truncate: T.int32,
-        whole: T.int32,
+        open_left: T.int32,
+        open_right: T.int32,
     ):
         with T.Kernel(2, Hv, NS, threads=384) as (kind, h, slot):
             T.import_source(MATRIX_COPIES)
@@ -104,12 +108,13 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                     T.access_ptr(near[0], "w"),
                 )
             first = at[COUNT] - near[0]
-            if whole == 0:
-                if at[PART] == 0 or at[PART] >= at[LAST]:
-                    near[1] = 0
+            begins = at[PART] == 0 and at[DOC] >= open_left
+            ends = at[PART] >= at[LAST] and at[DOC] < N1 - 1 - open_right
             n = T.alloc_local((1,), i32)
             n[0] = near[0]
-            if whole == 0 and at[PART] >= at[LAST]:
+            if begins or ends:
+                near[1] = 0
+            if ends:
                 n[0] = 0
             if kind == 1 and near[1] == 0:
                 n[0] = 0
@@ -132,7 +137,7 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                         S[x, y] = T.if_then_else(x == y, 1.0, 0.0)
                 else:
                     T.clear(S)
-                    if has_initial != 0 and at[PART] == 0 and first == 0:
+                    if has_initial != 0 and begins and first == 0:
                         for x, y in T.Parallel(128, K):
                             S[x, y] = initial[at[DOC], h, y, x]
                 for c in T.serial(n[0]):
@@ -188,7 +193,7 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                     T.wait_wgmma(0)
                     T.mbarrier_arrive(empty[s])
                 if kind == 0:
-                    if at[COUNT] > 0 and (whole != 0 or at[PART] < at[LAST]):
+                    if at[COUNT] > 0 and not ends:
                         for x, y in T.Parallel(128, K):
                             states[slot, h, y, x] = S[x, y]
                     if tx == 0:

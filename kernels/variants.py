@@ -86,7 +86,6 @@ def variants(
         yield Variant("gradients", {"ratio": value_heads // key_heads, **last})
         yield Variant("beta_gradient", {"smallest": SMALLEST_BETA[dtype], **last})
     yield Variant("scan", {})
-    yield Variant("scan", {"whole": True})
 
 
 def assemble(source: str) -> tuple[str, str]:

@@ -18,8 +18,7 @@ PRODUCTS = {
     ("summary", None): 3,
     ("recurrence", 1): 6,
     ("recurrence", 2): 6,
-    ("scan", False): 3,
-    ("scan", True): 3,
+    ("scan", None): 3,
 }
 SERIALISED = re.compile(r"C75(?:1[0-9])\)")
 
@@ -30,7 +29,7 @@ def variant(kernel, option):
         "prepare": {"ratio": option, "normalize": True, "gate_dtype": "bfloat16"},
         "summary": {"normalize": True},
         "recurrence": {"halves": option, "normalize": True},
-        "scan": {"whole": option},
+        "scan": {},
     }
     return variants, variants.Variant(kernel, options[kernel])
 
