@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .comm import Pending, gather_flat, scatter_rows, swap
+from .comm import Pending, gather_flat, operations, scatter_rows, swap
 from .scan import Summary, apply, scan, transpose
 
 if TYPE_CHECKING:
@@ -37,14 +37,24 @@ def start_exchange_states(
     summary: Summary, context: "CPContext"
 ) -> "Pending[tuple[Tensor | None, Transitions]]":
     """:func:`exchange_states`, while the current stream goes on."""
-    return Pending(lambda: exchange_states(summary, context), summary.S.device, summary)
+
+    def exchange() -> tuple[Tensor | None, Transitions]:
+        with operations.named(f"boundary states, {context.exchange}"):
+            return exchange_states(summary, context)
+
+    return Pending(exchange, summary.S.device, summary)
 
 
 def start_exchange_gradients(
     dS: Tensor, transitions: Transitions, context: "CPContext"
 ) -> "Pending[Tensor | None]":
     """:func:`exchange_gradients`, while the current stream goes on."""
-    return Pending(lambda: exchange_gradients(dS, transitions, context), dS.device, dS)
+
+    def exchange() -> Tensor | None:
+        with operations.named(f"gradients of boundary states, {context.exchange}"):
+            return exchange_gradients(dS, transitions, context)
+
+    return Pending(exchange, dS.device, dS)
 
 
 def exchange_states(summary: Summary, context: "CPContext") -> tuple[Tensor | None, Transitions]:
@@ -79,14 +89,16 @@ def receive_state(like: Tensor, context: "CPContext", *, reverse: bool = False) 
     if not (context.crosses_right if reverse else context.crosses_left):
         return None
     buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
-    swap([], [(context.rank + (1 if reverse else -1), buffer)], context)
+    with operations.named("boundary state"):
+        swap([], [(context.rank + (1 if reverse else -1), buffer)], context)
     return buffer
 
 
 def send_state(state: Tensor, context: "CPContext", *, reverse: bool = False) -> None:
     """Hand the state to the successor (reverse: the gradient to the predecessor), where a document crosses the cut."""
     if context.crosses_left if reverse else context.crosses_right:
-        swap([(context.rank + (-1 if reverse else 1), state.contiguous())], [], context)
+        with operations.named("boundary state"):
+            swap([(context.rank + (-1 if reverse else 1), state.contiguous())], [], context)
 
 
 def _ring(summary: Summary, context: "CPContext", *, reverse: bool) -> Tensor | None:
@@ -189,7 +201,8 @@ def exchange_halo(x: Tensor, context: "CPContext", width: int) -> Tensor:
     halo = x.new_zeros(B, width, D)
     outgoing = [(p, x[:, low - start : high - start].contiguous()) for p, low, high in sends]
     incoming = [(p, x.new_empty(B, high - low, D)) for p, low, high in receives]
-    swap(outgoing, incoming, context)
+    with operations.named("halo of the convolution"):
+        swap(outgoing, incoming, context)
     for (_, low, high), (_, part) in zip(receives, incoming, strict=True):
         halo[:, low - start + width : high - start + width] = part
     return halo
@@ -204,7 +217,8 @@ def return_halo(dhalo: Tensor, context: "CPContext", width: int) -> list[tuple[s
         for p, low, high in receives
     ]
     incoming = [(p, dhalo.new_empty(B, high - low, D)) for p, low, high in sends]
-    swap(outgoing, incoming, context)
+    with operations.named("gradient of the convolution's halo"):
+        swap(outgoing, incoming, context)
     return [
         (slice(low - start, high - start), part)
         for (_, low, high), (_, part) in zip(sends, incoming, strict=True)

@@ -1,16 +1,17 @@
 """Every collective of the project: messages between ranks, gathers, and the few that training needs.
 
 A group is a process group, or ranks that are threads of this process (virtual.py). What crosses the cuts between
-shards is built on these in exchange.py.
+shards is built on these in boundary.py.
 """
 
 import functools
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,64 @@ Group = dist.ProcessGroup | VirtualGroup
 Result = TypeVar("Result")
 
 
+class Operation(NamedTuple):
+    """A message or collective that was issued: what it serves, and when (time.monotonic)."""
+
+    name: str
+    issued: float
+    done: torch.cuda.Event | None
+
+
+class Operations:
+    """What this rank has issued and not seen end, for the watchdog (watchdog.py); kept only while that runs."""
+
+    def __init__(self) -> None:
+        self._purpose = ""
+        self._open: deque[Operation] = deque()
+        self._active = False
+
+    def start(self) -> None:
+        self._active = True
+
+    def stop(self) -> None:
+        self._active = False
+        self._open.clear()
+
+    @contextmanager
+    def named(self, purpose: str) -> Iterator[None]:
+        """Operations issued within serve this purpose, or the one that was named before."""
+        before, self._purpose = self._purpose, self._purpose or purpose
+        try:
+            yield
+        finally:
+            self._purpose = before
+
+    @contextmanager
+    def issue(self, what: str, done: torch.cuda.Event | None) -> Iterator[None]:
+        """An operation that ends with the block, or with the event that the block records."""
+        if not self._active:
+            yield
+            return
+        name = f"{self._purpose} ({what})" if self._purpose else what
+        operation = Operation(name, time.monotonic(), done)
+        self._open.append(operation)
+        yield
+        if done is None:
+            self._open.remove(operation)
+
+    def oldest(self) -> Operation | None:
+        """The first operation that has not ended; called from the watchdog's thread."""
+        while self._open:
+            first = self._open[0]
+            if first.done is None or not first.done.query():
+                return first
+            self._open.popleft()
+        return None
+
+
+operations = Operations()
+
+
 @dataclass
 class CommMeter:
     """Counts what the context-parallel layers exchange: bytes sent by this rank, calls, and time.
@@ -43,12 +102,13 @@ class CommMeter:
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     @contextmanager
-    def span(self, nbytes: int, device: torch.device) -> Iterator[None]:
+    def span(self, nbytes: int, device: torch.device, what: str) -> Iterator[None]:
         self.bytes += nbytes
         self._calls += 1
         if device.type != "cuda":
             started = time.perf_counter()
-            yield
+            with operations.issue(what, None):
+                yield
             self._seconds += time.perf_counter() - started
         elif torch.cuda.is_current_stream_capturing():
             yield
@@ -58,8 +118,9 @@ class CommMeter:
                 torch.cuda.Event(enable_timing=True),
             )
             before.record()
-            yield
-            after.record()
+            with operations.issue(what, after):
+                yield
+                after.record()
             self._events.append((before, after))
 
     def take(self) -> dict[str, float]:
@@ -87,7 +148,9 @@ def swap(
     if not outgoing and not incoming:
         return
     group = context.group
-    with meter.span(_nbytes(*(t for _, t in outgoing)), (outgoing or incoming)[0][1].device):
+    what = f"to ranks {[p for p, _ in outgoing]}, from ranks {[p for p, _ in incoming]}"
+    device = (outgoing or incoming)[0][1].device
+    with meter.span(_nbytes(*(t for _, t in outgoing)), device, what):
         if isinstance(group, VirtualGroup):
             group.exchange(outgoing, incoming)
             return
@@ -99,7 +162,7 @@ def swap(
 
 def gather_flat(every: Tensor, mine: Tensor, group: Group | None) -> None:
     """[n, ...] of every rank into [P * n, ...]."""
-    with meter.span(_nbytes(mine), mine.device):
+    with meter.span(_nbytes(mine), mine.device, "all_gather"):
         if isinstance(group, VirtualGroup):
             group.all_gather(every, mine)
         else:
@@ -110,7 +173,7 @@ def scatter_rows(
     out: Tensor, given: Tensor, out_counts: list[int], in_counts: list[int], group: Group | None
 ) -> None:
     """Rows of ``given``, ``in_counts`` for each rank; into ``out`` what they have for this one, ``out_counts`` each."""
-    with meter.span(_nbytes(given), given.device):
+    with meter.span(_nbytes(given), given.device, "all_to_all"):
         if isinstance(group, VirtualGroup):
             group.all_to_all(out, given, out_counts, in_counts)
         else:
@@ -181,24 +244,29 @@ def sum_rows(x: Tensor, context: "CPContext") -> Tensor:
 # ---- collectives of training ---------------------------------------------------------------------------------------
 
 
+def _reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup | None) -> Tensor:
+    done = torch.cuda.Event() if tensor.is_cuda else None
+    with operations.issue("all_reduce", done):
+        dist.all_reduce(tensor, op=op, group=group)
+        if done is not None:
+            done.record()
+    return tensor
+
+
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum over the ranks, in place; the tensor itself where there is no process group."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, group=group)
-    return tensor
+    return _reduce(tensor, dist.ReduceOp.SUM, group) if dist.is_initialized() else tensor
 
 
 def all_reduce_max(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Maximum over the ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
-    return tensor
+    return _reduce(tensor, dist.ReduceOp.MAX, group) if dist.is_initialized() else tensor
 
 
 def sum_over_group(tensor: Tensor, context: "CPContext") -> Tensor:
     """Sum of a replicated-shape tensor over the context's ranks, metered like the exchanges; returns a new tensor."""
     total = tensor.clone(memory_format=torch.contiguous_format)
-    with meter.span(_nbytes(total), total.device):
+    with meter.span(_nbytes(total), total.device, "all_reduce"):
         if isinstance(context.group, VirtualGroup):
             context.group.all_reduce(total)
         else:

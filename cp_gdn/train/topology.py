@@ -72,7 +72,8 @@ def open_topology(cp_size: int | None, *, timeout_s: float = 300.0) -> Iterator[
     ours = not dist.is_initialized()
     device = _device(torch.cuda.is_available() if ours else dist.get_backend() == "nccl")
     if ours:
-        _join(device, datetime.timedelta(seconds=timeout_s))
+        # the watchdog of the trainer says more than the group's own timeout, so that one comes later
+        _join(device, datetime.timedelta(seconds=timeout_s + 30))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     cp_size = cp_size or world_size
     mesh = init_device_mesh(

@@ -31,6 +31,7 @@ from cp_gdn.train.step import TrainStep
 from cp_gdn.train.topology import Topology, launched_world_size, open_topology
 from cp_gdn.train.validation import Validation
 from cp_gdn.train.wandb_logger import WandbLogger, check_wandb
+from cp_gdn.watchdog import Watchdog
 
 
 class Trainer:
@@ -176,7 +177,10 @@ def train(config: TrainConfig, *, config_text: str | None = None) -> None:
     torch.manual_seed(config.seed)
     model = HybridLM(config.model.for_vocabulary(corpus.vocab_size))
     model.set_activation_checkpointing(config.activation_checkpointing)
-    with open_topology(config.cp.size, timeout_s=config.timeout_s) as topology:
+    with (
+        open_topology(config.cp.size, timeout_s=config.timeout_s) as topology,
+        Watchdog(config.timeout_s),
+    ):
         trainer = Trainer(config, topology, corpus, model)
         topology.on_first_rank(
             lambda: _open_folder(trainer.folder, config_text), f"write to {config.folder}"
