@@ -10,13 +10,14 @@ The exchanges differ only in who evaluates this chain: neighbours (ring), the ow
 """
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .comm import Pending, gather_flat, operations, scatter_rows, swap
+from .comm import Pending, operations, swap
 from .scan import Summary, apply, scan, transpose
 
 if TYPE_CHECKING:
@@ -64,15 +65,8 @@ def exchange_states(summary: Summary, context: "CPContext") -> tuple[Tensor | No
     """
     if context.exchange == "ring":
         return _ring(summary, context, reverse=False), Transitions(own=summary.M)
-    anywhere = any(context.through(rank) for rank in range(context.size))
-    M = summary.M
-    if anywhere and M is None:
-        K = summary.S.shape[-2]
-        M = summary.S.new_zeros(*summary.S.shape[:-1], K)
     run = _all_to_all if context.exchange == "all_to_all" else _all_gather
-    S_in, transitions = run(
-        Summary(M if anywhere else None, summary.S), None, context, reverse=False
-    )
+    S_in, transitions = run(summary, None, context, reverse=False)
     return S_in, Transitions(by_rank=transitions)
 
 
@@ -108,10 +102,19 @@ def _ring(summary: Summary, context: "CPContext", *, reverse: bool) -> Tensor | 
     return S_in
 
 
+def _sends(context: "CPContext", rank: int, reverse: bool) -> bool:
+    """Whether ``rank`` has a state for its successor (reverse: a gradient for its predecessor)."""
+    return context.crosses(rank if reverse else rank + 1)
+
+
+def _receives(context: "CPContext", rank: int, reverse: bool) -> bool:
+    return context.crosses(rank + 1 if reverse else rank)
+
+
 def _walk(
     S: Tensor, M: Tensor | None, context: "CPContext", *, reverse: bool
 ) -> list[Tensor | None]:
-    """Incoming state of every rank, in rank order, from the stacked summaries S [P, ...], M [P, ...]."""
+    """Incoming state of every rank, in rank order, from the ranks' summaries; M [P, ...] of through ranks."""
     ranks = list(range(context.size))
     if reverse:
         ranks.reverse()
@@ -121,46 +124,76 @@ def _walk(
     return [incoming[ranks.index(r)] for r in range(context.size)]
 
 
-def _receives(context: "CPContext", reverse: bool) -> bool:
-    return context.crosses_right if reverse else context.crosses_left
+Messages = list[tuple[int, Tensor]]
+
+
+def _spread(
+    parts: Sequence[Tensor], into: Tensor, goes: Callable[[int, int], bool], context: "CPContext"
+) -> tuple[Messages, Messages]:
+    """What to send and to receive where rank a sends ``parts[b]`` to rank b if ``goes(a, b)``, which keeps it in
+    ``into[a]``; a rank's own part is copied."""
+    me, ranks = context.rank, range(context.size)
+    if goes(me, me):
+        into[me].copy_(parts[me])
+    outgoing = [(b, parts[b]) for b in ranks if b != me and goes(me, b) and parts[b].numel()]
+    incoming = [(a, into[a]) for a in ranks if a != me and goes(a, me) and into[a].numel()]
+    return outgoing, incoming
 
 
 def _all_gather(
     summary: Summary, M: Tensor | None, context: "CPContext", *, reverse: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    V = summary.S.shape[-1]
-    message = summary.S if summary.M is None else torch.cat((summary.S, summary.M), -1)
-    every = message.new_empty(context.size, *message.shape)  # [P, B, Hv, K, V (+ K)]
-    gather_flat(every.flatten(0, 1), message.contiguous(), context.group)
-    if summary.M is not None:
-        M = every[..., V:]
-    incoming = _walk(every[..., :V], M, context, reverse=reverse)[context.rank]
-    return (incoming if _receives(context, reverse) else None), M
+    """States go to all ranks behind (reverse: before) their own; the forward's M to all, because the backward needs
+    those of the other side."""
+    P = context.size
+    S = summary.S.contiguous()
+    every = S.new_empty(P, *S.shape)
+
+    def onward(a: int, b: int) -> bool:
+        return _sends(context, a, reverse) and (b < a if reverse else a < b)
+
+    outgoing, incoming = _spread([S] * P, every, onward, context)
+    if not reverse and any(map(context.through, range(P))):
+        own = S if summary.M is None else summary.M.contiguous()
+        M = S.new_empty(P, *S.shape[:-1], S.shape[-2])
+        more = _spread([own] * P, M, lambda a, b: context.through(a), context)
+        outgoing, incoming = outgoing + more[0], incoming + more[1]
+    swap(outgoing, incoming, context)
+    S_in = _walk(every, M, context, reverse=reverse)[context.rank]
+    return (S_in if _receives(context, context.rank, reverse) else None), M
 
 
 def _all_to_all(
     summary: Summary, M: Tensor | None, context: "CPContext", *, reverse: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Heads scattered over the ranks: an owner scans its heads for all ranks and sends each its incoming state."""
-    P, V = context.size, summary.S.shape[-1]
-    message = summary.S if summary.M is None else torch.cat((summary.S, summary.M), -1)
-    rows = message.reshape(-1, *message.shape[-2:])  # [B * Hv, K, V (+ K)]
-    counts = [len(rows) // P + (rank < len(rows) % P) for rank in range(P)]
-    mine = counts[context.rank]
+    P, me = context.size, context.rank
+    S = summary.S.contiguous().flatten(0, -3)  # [B * Hv, K, V]
+    counts = [len(S) // P + (rank < len(S) % P) for rank in range(P)]
+    owned = S.new_empty(P, counts[me], *S.shape[1:])
 
-    owned = rows.new_empty(P * mine, *rows.shape[1:])
-    scatter_rows(owned, rows.contiguous(), [mine] * P, counts, context.group)
-    owned = owned.view(P, mine, *rows.shape[1:])
-    if summary.M is not None:
-        M = owned[..., V:]
-    states = torch.zeros_like(owned[..., :V], memory_format=torch.contiguous_format)
-    for rank, state in enumerate(_walk(owned[..., :V], M, context, reverse=reverse)):
-        if state is not None:
-            states[rank] = state
+    outgoing, incoming = _spread(
+        S.split(counts), owned, lambda a, b: _sends(context, a, reverse), context
+    )
+    if not reverse and any(map(context.through, range(P))):
+        own = S if summary.M is None else summary.M.contiguous().flatten(0, -3)
+        M = S.new_empty(P, counts[me], S.shape[1], S.shape[1])
+        more = _spread(own.split(counts), M, lambda a, b: context.through(a), context)
+        outgoing, incoming = outgoing + more[0], incoming + more[1]
+    swap(outgoing, incoming, context)
 
-    back = torch.empty_like(rows[..., :V], memory_format=torch.contiguous_format)
-    scatter_rows(back, states.flatten(0, 1), counts, [mine] * P, context.group)
-    return (back.view_as(summary.S) if _receives(context, reverse) else None), M
+    states = _walk(owned, M, context, reverse=reverse)
+    back = torch.empty_like(S)
+    swap(
+        *_spread(
+            [owned[me] if state is None else state.contiguous() for state in states],
+            back.split(counts),
+            lambda a, b: _receives(context, b, reverse),
+            context,
+        ),
+        context,
+    )
+    return (back.view_as(summary.S) if _receives(context, me, reverse) else None), M
 
 
 # ---- convolution halo ----------------------------------------------------------------------------------------------

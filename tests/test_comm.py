@@ -27,11 +27,18 @@ def test_bytes_sent_per_rank():
     state, transition = HV * K * V * 4, HV * K * K * 4
     ring = run_ranks(3, _bytes, "ring")
     assert ring == [(state, 0), (state, state), (0, state)]
-    both = state + transition
-    assert run_ranks(3, _bytes, "all_gather") == [(both, state)] * 3
-    assert run_ranks(3, _bytes, "all_to_all") == [(both + state, 2 * state)] * 3
+    # only the middle rank has an M, and states go to the ranks behind only
+    gathered = run_ranks(3, _bytes, "all_gather")
+    assert gathered == [(2 * state, 0), (state + 2 * transition, state), (0, 2 * state)]
+    # an owner of a third of the heads: sends two thirds of what it has, and S_in of its third to who receives
+    two_thirds, third = 2 * state // 3, state // 3
+    assert run_ranks(3, _bytes, "all_to_all") == [
+        (two_thirds + 2 * third, third),
+        (two_thirds + 2 * transition // 3 + third, two_thirds + third),
+        (third, two_thirds + 2 * third),
+    ]
     # two ranks: nobody is covered whole, so no M travels at all
-    assert run_ranks(2, _bytes, "all_gather") == [(state, state)] * 2
+    assert run_ranks(2, _bytes, "all_gather") == [(state, 0), (0, state)]
 
 
 def _few_heads(rank, size):
