@@ -114,7 +114,7 @@ def sharded_backward(
     if context.any_crossing:
         dS = run.entering() if cuts.left else run.some_states(cuts.entering.stop)
         pending = boundary.start_exchange_gradients(dS, transitions, context)
-        run.replay()
+    run.replay()
     dS_in = pending.wait() if pending and cuts.right else None
     out = run.close_backward(dS_in)
     if pending:
