@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .comm import Pending, operations, swap
+from .comm import Pending, mark, operations, swap
 from .scan import Summary, apply, scan, transpose
 
 if TYPE_CHECKING:
@@ -43,19 +43,24 @@ def start_exchange_states(
         with operations.named(f"boundary states, {context.exchange}"):
             return exchange_states(summary, context)
 
-    return Pending(exchange, summary.S.device, summary)
+    device = summary.S.device
+    return Pending(exchange, device, summary, mark(device))
 
 
 def start_exchange_gradients(
-    dS: Tensor, transitions: Transitions, context: "CPContext"
+    dS: Tensor,
+    transitions: Transitions,
+    context: "CPContext",
+    ready: torch.cuda.Event | None,
 ) -> "Pending[Tensor | None]":
-    """:func:`exchange_gradients`, while the current stream goes on."""
+    """:func:`exchange_gradients` of a dS that was there at ``ready`` (comm.mark), beside what the current stream
+    does since then and next."""
 
     def exchange() -> Tensor | None:
         with operations.named(f"gradients of boundary states, {context.exchange}"):
             return exchange_gradients(dS, transitions, context)
 
-    return Pending(exchange, dS.device, dS)
+    return Pending(exchange, dS.device, dS, ready)
 
 
 def exchange_states(summary: Summary, context: "CPContext") -> tuple[Tensor | None, Transitions]:
