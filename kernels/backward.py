@@ -313,24 +313,3 @@ def chunk_gdn_backward(
         replay(x)
     here.wait_stream(beside)
     return _gradients(x, dleaving, dv, dh0)
-
-
-def chunk_gdn_reverse_summary(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    saved: Saved,
-    do: torch.Tensor,
-    dfinal: torch.Tensor | None = None,
-    *,
-    scale: float | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-) -> torch.Tensor:
-    """dS_ext [N, Hv, K, V] fp32 of every sequence: dS_in = M^T dS_out + dS_ext, M as in
-    chunk_gdn_summary. Arguments as in chunk_gdn_backward; a `dfinal` known here counts in."""
-    x = _open(q, k, do, None, do[..., 0], saved, do, dfinal, scale, None, use_qk_l2norm_in_kernel)
-    x.open_left = x.documents
-    total = _outputs(x)[2]
-    _reverse(
-        x, total, x.dfinal, total, x.entering[:1], x.do, halves=2, store=False, segment=_whole(x)
-    )  # fmt: skip
-    return total
