@@ -70,6 +70,8 @@ def variants(
 
     processors: multiprocessors of the GPU that will run them (132: H100 and H200 SXM).
     """
+    for entering in (False, True):
+        yield Variant("reverse_scan", {"entering": entering})
     for norm in normalize:
         common = {"dtype": dtype, "normalize": norm}
         yield Variant(
@@ -91,8 +93,6 @@ def variants(
         yield Variant("gradients", {"ratio": value_heads // key_heads, **last})
         yield Variant("beta_gradient", {"smallest": SMALLEST_BETA[dtype], **last})
     yield Variant("scan", {})
-    for entering in (False, True):
-        yield Variant("reverse_scan", {"entering": entering})
     yield Variant("scan", {"whole": True})
 
 
