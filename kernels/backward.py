@@ -1,20 +1,31 @@
-"""The backward of the gated delta rule on Hopper, and reverse summaries of shards: functions to call.
+"""The backward of the gated delta rule on Hopper: functions to call.
 
-    chains (S replayed from the forward's segments, dS walked back) -> gradients -> beta_gradient
+    open_backward      dS_ext of the segments of documents that were cut (backward_reverse.py)
+    entering_summary   dS_ext of the first sequences as a whole (reverse_scan.py)
+    replay             the states, from what the forward saved (backward_replay.py)
+    close_backward     reverse_scan -> reverse -> gradients -> beta_gradient
 
-The maths is in backward_chains.py and backward_gradients.py. Nothing here reads the device, and two
-calls on the same inputs give the same bits.
+chunk_gdn_backward is all of them in one go. The stages are for sequences that go on in other calls:
+the gradient of their last state arrives while the states are replayed. Nothing here reads the
+device, and two calls on the same inputs give the same bits.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from .backward_beta import beta_gradient
-from .backward_chains import chains
 from .backward_gradients import SMALLEST_BETA, gradients
+from .backward_replay import replay as replay_kernel
+from .backward_reverse import reverse
 from .common import CHUNK
 from .forward import DTYPES, KEY_DIM, Saved
+from .reverse_scan import reverse_scan
+
+# Value heads (times rows of a batch) from which dS chains of whole sequences take no longer than the
+# replay beside them: cutting them into segments would only add the segments' summaries.
+ENOUGH_CHAINS = 32
 
 
 class Gradients(NamedTuple):
@@ -49,6 +60,223 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
 
+@dataclass
+class OpenBackward:
+    """A backward between its stages: its inputs with batch and time in one axis, and what it made."""
+
+    inputs: tuple[torch.Tensor, ...]  # q, k, v, g, beta as given
+    q: torch.Tensor  # [L, Hk, K]
+    k: torch.Tensor
+    v: torch.Tensor  # [L, Hv, V]
+    do: torch.Tensor
+    beta: torch.Tensor  # [L, Hv]
+    saved: Saved
+    dfinal: torch.Tensor | None  # [N, Hv, K, V] fp32
+    initial: torch.Tensor | None
+    scale: float
+    normalize: bool
+    open_left: int
+    open_right: int
+    entering: torch.Tensor  # [NC, Hv, V, K], the state that enters each chunk: replay's
+    vd: torch.Tensor  # [NC, Hv, 64, V]
+    external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of the segments
+
+    @property
+    def documents(self) -> int:
+        return self.saved.cu_seqlens.numel() - 1
+
+    @property
+    def bits(self) -> int:
+        return (self.documents - 1).bit_length()
+
+    @property
+    def kind(self) -> dict:
+        return {"dtype": DTYPES[self.q.dtype], "normalize": self.normalize}
+
+
+def open_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    saved: Saved,
+    do: torch.Tensor,
+    dfinal: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    keys_normalized: bool = False,
+    open_left: int = 0,
+    open_right: int = 0,
+) -> OpenBackward:
+    """Begin the backward of a forward with the same arguments.
+
+    Args:
+        saved: what the forward returned.
+        do: [B, T, Hv, V] in the dtype of q. dfinal: [N, Hv, K, V] fp32, zero if None.
+        initial_state: the true states that enter, [N, Hv, K, V] fp32, zero if None.
+        open_left: so many first sequences get an entering_summary; the forward was told the same.
+        open_right: of so many last sequences the gradient of the final state arrives later, at
+            close_backward; their rows of `dfinal` are zero.
+
+    Raises:
+        ValueError: if do, dfinal or saved do not fit the inputs.
+    """
+    opened = _open(
+        q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
+        open_left, open_right,
+    )  # fmt: skip
+    if saved.plan.split or open_left:
+        opened.external = torch.empty_like(saved.states)
+        unused = opened.entering[:1]
+        _reverse(
+            opened, opened.external, opened.dfinal, opened.external, unused, opened.do, halves=2,
+            store=False, truncate=use_qk_l2norm_in_kernel or keys_normalized,
+        )  # fmt: skip
+    return opened
+
+
+def _open(q, k, v, g, beta, saved, do, dfinal, scale, initial_state, normalize, left=0, right=0):
+    chunks, value_heads = saved.a.shape[:2]
+    _check(q, saved, do, dfinal, v.shape[2])
+    q_, k_, v_, do_, beta_ = (_flat(x) for x in (q, k, v, do, beta))
+    return OpenBackward(
+        (q, k, v, g, beta), q_, k_, v_, do_, beta_, saved,
+        None if dfinal is None else dfinal.contiguous(),
+        None if initial_state is None else initial_state.contiguous(),
+        KEY_DIM**-0.5 if scale is None else scale, normalize, left, right,
+        q_.new_empty(chunks, value_heads, KEY_DIM, KEY_DIM),
+        q_.new_empty(chunks, value_heads, CHUNK, KEY_DIM),
+    )  # fmt: skip
+
+
+def _reverse(
+    opened,
+    dstates,
+    dfinal,
+    dinitial,
+    dleaving,
+    dv,
+    *,
+    halves,
+    segment=None,
+    store=True,
+    truncate=False,
+) -> None:
+    x, saved = opened, opened.saved
+    reverse(halves=halves, store=store, **x.kind)(
+        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, saved.cu_seqlens, dstates,
+        dstates if dfinal is None else dfinal, dinitial, dleaving, dv, x.scale,
+        segment or saved.plan.segment, x.bits, int(dfinal is not None), int(truncate), x.open_left,
+    )  # fmt: skip
+
+
+def _whole(x: OpenBackward) -> int:
+    """A segment longer than any document, so that each is one."""
+    return x.q.shape[0] // CHUNK + 2
+
+
+def _scan(opened, incoming, dstates, total, *, entering) -> None:
+    x, saved = opened, opened.saved
+    reverse_scan(entering=entering)(
+        x.external, saved.maps, saved.live, saved.cu_seqlens,
+        x.external if incoming is None else incoming, dstates, total, saved.plan.segment,
+        int(incoming is not None),
+    )  # fmt: skip
+
+
+def entering_summary(opened: OpenBackward) -> torch.Tensor:
+    """dS_ext [open_left, Hv, K, V] fp32: gradient of the states that enter the first `open_left`
+    sequences while the late gradients are zero (`dfinal` counts)."""
+    total = opened.saved.states.new_empty(opened.open_left, *opened.saved.states.shape[1:])
+    if opened.open_left:
+        _scan(opened, None, opened.external, total, entering=True)
+    return total
+
+
+def replay(opened: OpenBackward) -> None:
+    """Replay the states, which needs no gradient that is late."""
+    x, saved = opened, opened.saved
+    replay_kernel(halves=saved.plan.halves, **x.kind)(
+        x.k, x.v, saved.a, saved.gate, saved.rnorm, saved.cu_seqlens,
+        saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd,
+        saved.plan.segment, x.bits, int(x.initial is not None),
+    )  # fmt: skip
+
+
+def _final_gradient(opened: OpenBackward, incoming: torch.Tensor | None) -> torch.Tensor | None:
+    if incoming is None or incoming.shape[0] == opened.documents:
+        return opened.dfinal if incoming is None else incoming
+    if opened.dfinal is None:
+        dfinal = incoming.new_zeros(opened.documents, *incoming.shape[1:])
+    else:
+        dfinal = opened.dfinal.clone()
+    dfinal[-incoming.shape[0] :] = incoming
+    return dfinal
+
+
+def close_backward(opened: OpenBackward, *, incoming: torch.Tensor | None = None) -> Gradients:
+    """All gradients, after `replay`.
+
+    incoming: [open_right, Hv, K, V] fp32, gradients of the states that leave the last `open_right`
+        sequences, zero if None.
+    """
+    x, saved = opened, opened.saved
+    if incoming is not None:
+        expected = (x.open_right, x.v.shape[1], KEY_DIM, KEY_DIM)
+        if tuple(incoming.shape) != expected or incoming.dtype != torch.float32:
+            raise ValueError(
+                f"incoming is {tuple(incoming.shape)} {incoming.dtype}; expected {expected} in fp32: "
+                "open_backward was told open_right"
+            )
+        incoming = incoming.contiguous() if x.open_right else None
+    dfinal = _final_gradient(x, incoming)
+    dleaving, dv, dh0 = _outputs(x)
+    dstates = saved.states  # nothing is read where no document has a second segment
+    if saved.plan.split:
+        dstates = torch.empty_like(saved.states)
+        _scan(x, incoming, dstates, dstates, entering=False)
+    _reverse(x, dstates, dfinal, dh0, dleaving, dv, halves=saved.plan.halves)
+    return _gradients(x, dleaving, dv, dh0)
+
+
+def _outputs(x: OpenBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dleaving, dv and dh0, to be written."""
+    dh0 = x.saved.gate.new_empty(x.documents, x.v.shape[1], KEY_DIM, KEY_DIM)
+    return torch.empty_like(x.entering), torch.empty_like(x.v), dh0
+
+
+def _gradients(x: OpenBackward, dleaving, dv, dh0) -> Gradients:
+    saved = x.saved
+    tokens, value_heads = x.v.shape[:2]
+    q, k, v, g, beta = x.inputs
+    dq, dk = torch.empty_like(x.q), torch.empty_like(x.k)
+    dg = saved.gate.new_empty(tokens, value_heads)
+    dbeta = torch.empty_like(dg)
+    pairs = torch.empty(1 + x.vd.shape[0] * value_heads, dtype=torch.int32, device=q.device)
+    pairs[:1].zero_()
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    last = {"beta_dtype": DTYPES[beta.dtype], "processors": processors, **x.kind}
+    gradients(ratio=value_heads // x.k.shape[1], **last)(
+        x.q, x.k, x.do, x.vd, dv, x.entering, dleaving, saved.gate, saved.rnorm, x.beta,
+        saved.cu_seqlens, dq, dk, dg, dbeta, pairs, x.scale, x.bits,
+    )  # fmt: skip
+    beta_gradient(smallest=SMALLEST_BETA[DTYPES[q.dtype]], **last)(
+        x.q, x.k, x.v, x.do, x.vd, dv, x.entering, dleaving, saved.gate, saved.rnorm, x.beta,
+        saved.cu_seqlens, pairs, dbeta, x.scale, x.bits,
+    )  # fmt: skip
+    return Gradients(
+        dq.view(q.shape),
+        dk.view(k.shape),
+        dv.view(v.shape),
+        dg.view(g.shape).to(g.dtype),
+        dbeta.view(beta.shape).to(beta.dtype),
+        dh0,
+    )
+
+
 def chunk_gdn_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -62,92 +290,26 @@ def chunk_gdn_backward(
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     use_qk_l2norm_in_kernel: bool = False,
+    keys_normalized: bool = False,
 ) -> Gradients:
-    """Gradients of chunk_gdn_forward, whose arguments q to beta and keywords are repeated here.
-
-    Args:
-        saved: what the forward returned.
-        do: [B, T, Hv, V] in the dtype of q. dfinal: [N, Hv, K, V] fp32, zero if None.
-
-    Raises:
-        ValueError: if do, dfinal or saved do not fit the inputs.
-    """
-    value_heads = v.shape[2]
-    _check(q, saved, do, dfinal, value_heads)
-    normalize = use_qk_l2norm_in_kernel
-    scale = KEY_DIM**-0.5 if scale is None else scale
-    dtype, beta_dtype = DTYPES[q.dtype], DTYPES[beta.dtype]
-    documents = saved.cu_seqlens.numel() - 1
-    bits = (documents - 1).bit_length()
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    q_, k_, v_, do_, beta_ = (_flat(x) for x in (q, k, v, do, beta))
-    tokens, chunks = q_.shape[0], saved.a.shape[0]
-
-    # What lies between the two halves: 1280 bytes a token and value head, free again on return.
-    entering = q_.new_empty(chunks, value_heads, KEY_DIM, KEY_DIM)  # [NC, Hv, V, K]
-    dleaving = torch.empty_like(entering)
-    vd = q_.new_empty(chunks, value_heads, CHUNK, KEY_DIM)
-    dv = torch.empty_like(v_)
-    dh0 = saved.gate.new_empty(documents, value_heads, KEY_DIM, KEY_DIM)
-    chains(dtype=dtype, normalize=normalize)(
-        q_, k_, v_, do_, saved.a, saved.gate, saved.rnorm, saved.cu_seqlens,
-        saved.states if initial_state is None else initial_state.contiguous(), saved.states,
-        dh0 if dfinal is None else dfinal.contiguous(), dh0, entering, dleaving, vd, dv,
-        scale, saved.plan.segment, bits, int(initial_state is not None), int(dfinal is not None),
+    """Gradients of chunk_gdn_forward, whose arguments q to beta and keywords are repeated here; see
+    open_backward. Between its kernels lie 1280 bytes a token and value head, free again on return."""
+    rows = q.shape[0]
+    if saved.plan.split and v.shape[2] * rows < ENOUGH_CHAINS:
+        opened = open_backward(
+            q, k, v, g, beta, saved, do, dfinal, scale=scale, initial_state=initial_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized,
+        )  # fmt: skip
+        replay(opened)
+        return close_backward(opened)
+    x = _open(
+        q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel
     )  # fmt: skip
-
-    dq, dk = torch.empty_like(q_), torch.empty_like(k_)
-    dg = saved.gate.new_empty(tokens, value_heads)
-    dbeta = torch.empty_like(dg)
-    pairs = torch.empty(1 + chunks * value_heads, dtype=torch.int32, device=q.device)
-    pairs[:1].zero_()
-    gradients(
-        ratio=value_heads // q.shape[2], dtype=dtype, beta_dtype=beta_dtype, normalize=normalize,
-        processors=processors,
-    )(
-        q_, k_, do_, vd, dv, entering, dleaving, saved.gate, saved.rnorm, beta_, saved.cu_seqlens,
-        dq, dk, dg, dbeta, pairs, scale, bits,
-    )  # fmt: skip
-    beta_gradient(
-        smallest=SMALLEST_BETA[dtype], dtype=dtype, beta_dtype=beta_dtype, normalize=normalize,
-        processors=processors,
-    )(
-        q_, k_, v_, do_, vd, dv, entering, dleaving, saved.gate, saved.rnorm, beta_,
-        saved.cu_seqlens, pairs, dbeta, scale, bits,
-    )  # fmt: skip
-    return Gradients(
-        dq.view(q.shape),
-        dk.view(k.shape),
-        dv.view(v.shape),
-        dg.view(g.shape).to(g.dtype),
-        dbeta.view(beta.shape).to(beta.dtype),
-        dh0,
-    )
-
-
-def chunk_gdn_reverse_summary(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    saved: Saved,
-    do: torch.Tensor,
-    dfinal: torch.Tensor | None = None,
-    *,
-    scale: float | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-) -> torch.Tensor:
-    """dS_ext [N, Hv, K, V] fp32 of every sequence: dS_in = M^T dS_out + dS_ext, M as in
-    chunk_gdn_summary. Arguments as in chunk_gdn_backward; a `dfinal` known here counts in."""
-    value_heads = do.shape[2]
-    _check(q, saved, do, dfinal, value_heads)
-    documents = saved.cu_seqlens.numel() - 1
-    q_, k_, do_ = (_flat(x) for x in (q, k, do))
-    total = saved.gate.new_empty(documents, value_heads, KEY_DIM, KEY_DIM)
-    unused = q_.new_empty(1, value_heads, KEY_DIM, KEY_DIM)
-    dlast = total if dfinal is None else dfinal.contiguous()
-    chains(dtype=DTYPES[q.dtype], normalize=use_qk_l2norm_in_kernel, store=False)(
-        q_, k_, do_, do_, saved.a, saved.gate, saved.rnorm, saved.cu_seqlens, saved.states,
-        saved.states, dlast, total, unused, unused, unused[:, :, :CHUNK].contiguous(), do_,
-        KEY_DIM**-0.5 if scale is None else scale, saved.plan.segment, 0, 0,
-        int(dfinal is not None),
-    )  # fmt: skip
-    return total
+    dleaving, dv, dh0 = _outputs(x)
+    here, beside = torch.cuda.current_stream(q.device), torch.cuda.Stream(q.device)
+    beside.wait_stream(here)
+    _reverse(x, dh0, x.dfinal, dh0, dleaving, dv, halves=1, segment=_whole(x))
+    with torch.cuda.stream(beside):
+        replay(x)
+    here.wait_stream(beside)
+    return _gradients(x, dleaving, dv, dh0)

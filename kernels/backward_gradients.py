@@ -31,7 +31,6 @@ import tilelang.language as T
 
 from .backward_sums import SOURCE
 from .common import CHUNK, FLAGS, TARGET, find_document
-from .prepare import CUDA_NAMES
 
 SMALLEST_BETA = {
     "bfloat16": 2.0**-40,
@@ -124,11 +123,14 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                     T.mbarrier_wait_parity(fullS[w], hc % 2)
                     T.wgmma_gemm(xs[s * 3, :, :], Ss[w, :, :], Iq, clear_accum=True)
                     T.wait_wgmma(1)
-                    T.mbarrier_wait_parity(emptyV[0], hc % 2 ^ 1)
+                    T.mbarrier_wait_parity(emptyV[s], (hc // 2) % 2 ^ 1)
                     if w == 1:
                         for x, y in T.Parallel(C, C):
                             if x == y:
-                                diagonal[x] = M[x, y]
+                                diagonal[s, x] = M[x, y]
+                    # the mask comes after the arithmetic: branches here cost more than exps
+                    for x, y in T.Parallel(C, C):
+                        M[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
                     for x, y in T.Parallel(C, C):
                         if w == 0:
                             if normalize:
@@ -141,21 +143,25 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                             else:
                                 M[x, y] *= -1.0
                     for x, y in T.Parallel(C, C):
-                        M[x, y] = T.if_then_else(
-                            x >= y + w and x < valid, M[x, y] * T.exp2(gs[s, x] - gs[s, y]), 0.0
-                        )
+                        M[x, y] = T.if_then_else(x >= y + w, M[x, y], 0.0)
+                    if valid < C:
+                        for x, y in T.Parallel(C, C):
+                            M[x, y] = T.if_then_else(x < valid, M[x, y], 0.0)
                     T.copy(M, Mb)
                     T.call_extern("handle", "gdn::meet", 1)  # the last head's products are through
                     T.copy(Mb, ms[w, :, :])
-                    T.fence_proxy_async()
+                    T.call_extern("handle", "gdn::fence_shared")
                     for x, y in T.Parallel(C, C):
-                        M[x, y] = T.if_then_else(x > y, M[x, y] * QK[x, y], 0.0)
+                        M[x, y] *= QK[x, y]
+                    if w == 0:  # N has no diagonal to leave out
+                        for x, y in T.Parallel(C, C):
+                            M[x, y] = T.if_then_else(x > y, M[x, y], 0.0)
                     T.call_extern(
                         "handle",
                         "gdn::pair_sums",
                         M.data,
-                        T.access_ptr(sums[w, 0], "w"),
-                        T.access_ptr(sums[w, 64], "w"),
+                        T.access_ptr(sums[s * 2 + w, 0], "w"),
+                        T.access_ptr(sums[s * 2 + w, 64], "w"),
                     )
                     T.wgmma_gemm(xs[s * 3 + 1, :, :], Ss[w, :, :], Iv, clear_accum=True)
                     T.mbarrier_wait_parity(fullD[w], hc % 2)
@@ -171,7 +177,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                             part[0] += T.cast(ls[y], f32) * T.cast(lr[y], f32)
                     part[0] = T.warp_reduce_sum(part[0]) * T.exp2(gs[s, C - 1])
                     if tx % 32 == 0:
-                        traces[tx // 32] = part[0]
+                        traces[s, tx // 32] = part[0]
                     T.wait_wgmma(1)
                     T.mbarrier_arrive(emptyS[w])
                     for x in T.Parallel(C):
@@ -208,10 +214,10 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                     T.reduce_sum(Iq, dots, dim=1, clear=True)
                     T.reduce_sum(Id, ends, dim=1, clear=True)
                     for x in T.Parallel(C):
-                        sums[w, 320 + x] = dots[x]
+                        sums[s * 2 + w, 320 + x] = dots[x]
                     for x in T.Parallel(C):
-                        sums[w, 384 + x] = ends[x]
-                    T.mbarrier_arrive(fullV[0])
+                        sums[s * 2 + w, 384 + x] = ends[x]
+                    T.mbarrier_arrive(fullV[s])
                     T.wait_wgmma(0)
                 if normalize:
                     for x, y in T.Parallel(C, HALF):
@@ -236,13 +242,13 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                 T.mbarrier_arrive(emptyQ[0])
                 T.copy(Aq, Of)
                 T.copy(Of, ms[w, :, :])
-                T.fence_proxy_async()
+                T.call_extern("handle", "gdn::fence_shared")
                 T.call_extern("handle", "gdn::meet_half", 3 + w)
                 store_rows(ms, dq, at[2], valid, at[1], w, tx)
                 T.call_extern("handle", "gdn::meet_half", 3 + w)
                 T.copy(Ak, Of)
                 T.copy(Of, ms[w, :, :])
-                T.fence_proxy_async()
+                T.call_extern("handle", "gdn::fence_shared")
                 T.call_extern("handle", "gdn::meet_half", 3 + w)
                 store_rows(ms, dk, at[2], valid, at[1], w, tx)
                 count[0] += 1
@@ -279,10 +285,11 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             rk = T.alloc_shared((C,), f32)
             rq = T.alloc_shared((C,), f32)
             project = T.alloc_shared((2, 2 * C), f32)
-            sums = T.alloc_shared((2, 7 * C), f32)  # rows, columns of 4 warps, dots, ends
-            traces = T.alloc_shared((8,), f32)
-            diagonal = T.alloc_shared((C,), f32)
+            sums = T.alloc_shared((4, 7 * C), f32)  # rows, columns of 4 warps, dots, ends
+            traces = T.alloc_shared((2, 8), f32)
+            diagonal = T.alloc_shared((2, C), f32)
 
+            betas = T.alloc_local((2,), f32)
             doc = T.alloc_local((1,), i32)
             at = T.alloc_local((4,), i32)
             count = T.alloc_local((1,), i32)  # items so far
@@ -297,8 +304,8 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             emptyS = T.alloc_barrier([128] * 2)
             fullD = T.alloc_barrier([32] * 2)
             emptyD = T.alloc_barrier([128] * 2)
-            fullV = T.alloc_barrier([256])
-            emptyV = T.alloc_barrier([32])
+            fullV = T.alloc_barrier([256] * 2)
+            emptyV = T.alloc_barrier([64] * 2)
             tx = T.get_thread_binding()
             count[0] = 0
 
@@ -374,30 +381,45 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                 if tx < 320:
                                     for g in T.serial(R):
                                         hc = count[0] * R + g
-                                        h = hk * R + g
-                                        T.mbarrier_wait_parity(fullV[0], hc % 2)
+                                        s = hc % 2
+                                        T.mbarrier_wait_parity(fullV[s], (hc // 2) % 2)
                                         T.call_extern(
                                             "handle",
                                             "gdn::gate_gradient",
-                                            T.access_ptr(sums[0, 0], "r"),
-                                            T.access_ptr(traces[0], "r"),
-                                            T.access_ptr(dg[row, h], "w"),
+                                            T.access_ptr(sums[s * 2, 0], "r"),
+                                            T.access_ptr(traces[s, 0], "r"),
+                                            T.access_ptr(dg[row, hk * R + g], "w"),
                                             Hv,
                                             at[3],
                                         )
-                                        T.call_extern(
-                                            "handle",
-                                            f"gdn::beta_gradient<{CUDA_NAMES[beta_dtype]}>",
-                                            T.access_ptr(beta[row, h], "r"),
-                                            T.access_ptr(diagonal[0], "r"),
-                                            T.access_ptr(dbeta[row, h], "w"),
-                                            T.access_ptr(pairs[0], "rw"),
-                                            slot * Hv + h,
-                                            Hv,
-                                            at[3],
-                                            smallest,
-                                        )
-                                        T.mbarrier_arrive(emptyV[0])
+                                        T.mbarrier_arrive(emptyV[s])
+                                else:
+                                    if tx < 352:
+                                        for g in T.serial(R):
+                                            hc = count[0] * R + g
+                                            s = hc % 2
+                                            h = hk * R + g
+                                            for x in T.unroll(2):
+                                                betas[x] = 1.0
+                                                if tx % 32 + x * 32 < at[3]:
+                                                    betas[x] = T.cast(
+                                                        beta[row + tx % 32 + x * 32, h], f32
+                                                    )
+                                            T.mbarrier_wait_parity(fullV[s], (hc // 2) % 2)
+                                            T.call_extern(
+                                                "handle",
+                                                "gdn::beta_gradient",
+                                                betas[0],
+                                                betas[1],
+                                                T.access_ptr(diagonal[s, 0], "r"),
+                                                T.access_ptr(dbeta[row, h], "w"),
+                                                T.access_ptr(pairs[0], "rw"),
+                                                slot * Hv + h,
+                                                Hv,
+                                                at[3],
+                                                smallest,
+                                            )
+                                            T.mbarrier_arrive(emptyV[s])
                             count[0] += 1
 
     return main

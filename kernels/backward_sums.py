@@ -10,8 +10,6 @@ beta_gradient   dbeta = <Vd, dV> / beta^2, and the list of pairs where that must
 SOURCE = r"""
 #ifndef GDN_GATE_GRADIENT
 #define GDN_GATE_GRADIENT
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 namespace gdn {
 // e: accumulators of a warpgroup. rows[64] and columns[4 warps][64] get its sums.
 __device__ __forceinline__ void pair_sums(const float* e, float* rows, float* columns) {
@@ -87,23 +85,28 @@ __device__ __forceinline__ void gate_gradient(const float* sums, const float* tr
   if (lane * 2 + 1 < valid) dg[(long)(lane * 2 + 1) * stride] = sum - x[0] + tail;
 }
 // One warp. dbeta_t = <Vd_t, dV_t> / beta_t^2; a (chunk, head) pair that holds a smaller beta is
-// appended to the list (pairs[0] is its length), in no particular order.
-template <typename Beta>
-__device__ __forceinline__ void beta_gradient(const void* beta_, const float* products, float* dbeta,
-                                              int* pairs, int pair, long stride, int valid,
-                                              float smallest) {
-  const Beta* beta = (const Beta*)beta_;
+// appended to the list (pairs[0] is its length), in no particular order. b0 and b1 are the betas of
+// tokens lane and lane + 32.
+__device__ __forceinline__ void beta_gradient(float b0, float b1, const float* products,
+                                              float* dbeta, int* pairs, int pair, long stride,
+                                              int valid, float smallest) {
   const int lane = threadIdx.x & 31;
+  const float b[2] = {b0, b1};
   bool small = false;
 #pragma unroll
-  for (int t = lane; t < 64; t += 32)
+  for (int i = 0; i < 2; ++i) {
+    const int t = lane + i * 32;
     if (t < valid) {
-      const float b = (float)beta[t * stride];
-      const bool tiny = fabsf(b) < smallest;
-      dbeta[t * stride] = tiny ? 0.f : products[t] / (b * b);
+      const bool tiny = fabsf(b[i]) < smallest;
+      dbeta[t * stride] = tiny ? 0.f : products[t] / (b[i] * b[i]);
       small |= tiny;
     }
+  }
   if (__any_sync(~0u, small) && lane == 0) pairs[1 + atomicAdd(pairs, 1)] = pair;
+}
+// Shared memory written so far, seen by products and bulk copies; global memory is not waited for.
+__device__ __forceinline__ void fence_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 }  // namespace gdn
 #endif

@@ -11,11 +11,13 @@ from tilelang import tvm
 from tilelang.engine.lower import lower
 
 from .backward_beta import beta_gradient
-from .backward_chains import chains
 from .backward_gradients import SMALLEST_BETA, gradients
+from .backward_replay import replay
+from .backward_reverse import reverse
 from .common import FLAGS, TARGET
 from .prepare import prepare
 from .recurrence import recurrence
+from .reverse_scan import reverse_scan
 from .scan import scan
 from .summary import summary
 
@@ -24,7 +26,9 @@ KERNELS = {
     "summary": summary,
     "scan": scan,
     "recurrence": recurrence,
-    "chains": chains,
+    "replay": replay,
+    "reverse": reverse,
+    "reverse_scan": reverse_scan,
     "gradients": gradients,
     "beta_gradient": beta_gradient,
 }
@@ -66,6 +70,8 @@ def variants(
 
     processors: multiprocessors of the GPU that will run them (132: H100 and H200 SXM).
     """
+    for entering in (False, True):
+        yield Variant("reverse_scan", {"entering": entering})
     for norm in normalize:
         common = {"dtype": dtype, "normalize": norm}
         yield Variant(
@@ -80,8 +86,9 @@ def variants(
         yield Variant("summary", common)
         for halves in (1, 2):
             yield Variant("recurrence", {"value_dim": 128, "halves": halves, **common})
-        for store in (True, False):
-            yield Variant("chains", {"store": store, **common})
+            yield Variant("replay", {"halves": halves, **common})
+            yield Variant("reverse", {"halves": halves, "store": True, **common})
+        yield Variant("reverse", {"halves": 2, "store": False, **common})
         last = {"beta_dtype": beta_dtype, "processors": processors, **common}
         yield Variant("gradients", {"ratio": value_heads // key_heads, **last})
         yield Variant("beta_gradient", {"smallest": SMALLEST_BETA[dtype], **last})

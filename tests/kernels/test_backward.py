@@ -56,12 +56,13 @@ def test_batch():
     check(x, draw_cotangents(x), batch=2)
 
 
-@pytest.mark.parametrize("gates", ["slow", "mixed"])
-def test_segments_of_the_forward(gates):
+@pytest.mark.parametrize("gates, normalize", [("slow", False), ("mixed", False), ("mixed", True)])
+def test_segments_of_the_forward(gates, normalize):
+    """Normalised: fast heads are truncated, in both directions."""
     from cp_gdn.kernels.plan import Plan
 
-    x = draw([700, 130, 65], 2, 4, gates=gates, initial=True, device="cuda")
-    check(x, draw_cotangents(x), plan=Plan(3, 2, True))
+    x = draw([700, 130, 65], 2, 4, gates=gates, initial=True, norm=not normalize, device="cuda")
+    check(x, draw_cotangents(x), normalize=normalize, plan=Plan(3, 2, True))
 
 
 def test_half_precision_and_gates_in_bf16():
@@ -93,19 +94,84 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_reverse_summary_carries_the_final_gradient_through():
-    """dh0 = M^T dfinal + dS_ext."""
-    from cp_gdn.kernels.backward import chunk_gdn_reverse_summary
-    from cp_gdn.kernels.forward import chunk_gdn_forward, chunk_gdn_summary
+@pytest.mark.parametrize("gates", ["slow", "mixed"])
+@pytest.mark.parametrize("halves, segment", [(1, 100), (2, 100), (2, 2)])
+def test_stages_over_shards(gates, halves, segment):
+    """Three shards of packed documents, the middle one with neither end of its only document."""
+    from cp_gdn.kernels import backward
+    from cp_gdn.kernels.forward import close_forward, leaving_summary, open_forward
+    from cp_gdn.kernels.plan import Plan
 
-    x = draw([300, 64], 2, 4, gates="slow", device="cuda")
+    plan = Plan(segment, halves, segment < 10)
+    x = draw([100, 700, 90], 2, 4, gates=gates, initial=True, device="cuda")
     y = draw_cotangents(x)
-    inputs = (x.q, x.k, x.v, x.g, x.beta)
-    saved = chunk_gdn_forward(*inputs, cu_seqlens=x.cu)[2]
-    external = chunk_gdn_reverse_summary(x.q, x.k, saved, y.do)
-    transition = chunk_gdn_summary(*inputs[1:], cu_seqlens=x.cu)[0]
-    dh0 = recurrent_gradients(x, y)[5]
-    assert error(transition.double().mT @ y.dfinal.double() + external.double(), dh0) < TOLERANCE
+    want = recurrent_gradients(x, y)
+    cuts = [0, 300, 600, 890]
+    pieces = [[100, 200], [300], [200, 90]]
+    documents = [slice(0, 2), slice(1, 2), slice(1, 3)]
+    opens = [(0, 1), (1, 1), (1, 0)]  # on the left, on the right
+
+    def cut(t, i):
+        return t[:, cuts[i] : cuts[i + 1]].contiguous()
+
+    state, opened = None, []
+    for i in range(3):
+        left, right = opens[i]
+        q, *rest = (cut(t, i) for t in (x.q, x.k, x.v, x.g, x.beta))
+        cu = torch.tensor([0, *pieces[i]], device="cuda").cumsum(0).int()
+        initial = x.initial[documents[i]].clone()
+        forward = open_forward(
+            *rest, initial_state=initial, cu_seqlens=cu, open_left=left, open_right=right, plan=plan
+        )
+        M, leaving = leaving_summary(forward, transition=True)
+        if left:
+            initial[:1] = state
+        saved = close_forward(forward, q, incoming=state if left else None)[2]
+        if right:
+            state = leaving + (M @ state if left else 0)
+        dfinal = y.dfinal[documents[i]].clone()
+        if right:
+            dfinal[-1] = 0
+        arguments = (q, *rest, saved, cut(y.do, i), dfinal)
+        options = dict(initial_state=initial, open_left=left, open_right=right)
+        opened.append((backward.open_backward(*arguments, **options), M))
+    gradient, parts = None, [None] * 3
+    for i in (2, 1, 0):
+        left, right = opens[i]
+        entering = backward.entering_summary(opened[i][0])
+        assert entering.shape[0] == left
+        backward.replay(opened[i][0])
+        parts[i] = backward.close_backward(opened[i][0], incoming=gradient if right else None)
+        if left:
+            gradient = entering + (opened[i][1].mT @ gradient if right else 0)
+            assert error(parts[i].dh0[:1], gradient.double()) < TOLERANCE
+    got = [torch.cat([p[n] for p in parts], 1) for n in range(5)]
+    got.append(torch.cat([parts[0].dh0, parts[2].dh0[1:]]))
+    found = errors(got, want)
+    assert max(found.values()) < TOLERANCE, found
+
+
+def test_late_gradients_of_a_batch():
+    """All rows open on both sides; a late gradient in two parts gives what it gives at once."""
+    from cp_gdn.kernels import backward
+    from cp_gdn.kernels.forward import close_forward, leaving_summary, open_forward
+    from cp_gdn.kernels.plan import Plan
+
+    x = draw([320, 320], 2, 4, gates="mixed", initial=True, device="cuda")
+    y = draw_cotangents(x)
+    q, *rest = (t.view(2, 320, *t.shape[2:]) for t in (x.q, x.k, x.v, x.g, x.beta))
+    forward = open_forward(*rest, open_left=2, open_right=2, plan=Plan(2, 2, True))
+    leaving_summary(forward, transition=True)
+    saved = close_forward(forward, q, incoming=x.initial)[2]
+    opened = backward.open_backward(
+        q, *rest, saved, y.do.view_as(rest[1]), initial_state=x.initial, open_left=2, open_right=2
+    )
+    assert backward.entering_summary(opened).shape == x.initial.shape
+    backward.replay(opened)
+    with pytest.raises(ValueError, match="expected"):
+        backward.close_backward(opened, incoming=y.dfinal[:1])
+    found = errors(backward.close_backward(opened, incoming=y.dfinal), recurrent_gradients(x, y))
+    assert max(found.values()) < TOLERANCE, found
 
 
 def test_capture_in_a_graph():

@@ -1,0 +1,91 @@
+"""What the backward's chains share: moving tiles between registers and shared memory.
+
+Tiles that leave lie in shared memory as panels of 64 rows by 64 columns (128 swizzled bytes a row),
+one panel after the other, so that a warpgroup writes and sends its own without the others.
+"""
+
+import tilelang.language as T
+
+from .common import CHUNK, MATRIX_COPIES
+
+SOURCE = (
+    MATRIX_COPIES
+    + r"""
+#ifndef GDN_BACKWARD_COPIES
+#define GDN_BACKWARD_COPIES
+namespace gdn {
+__device__ __forceinline__ void store_matrix(void* tile, const void* registers) {
+  const unsigned* r = (const unsigned*)registers;
+  asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(tile)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+// Shared memory written so far, seen by products and bulk copies. Unlike TileLang's fence it does not
+// wait for global memory.
+__device__ __forceinline__ void fence_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+}  // namespace gdn
+#endif
+"""
+)
+
+
+@T.macro
+def load_transposed(xs, first, Xf, tx):
+    """Xf [C, columns] <- the panels of 64 columns from row `first` on, one a warpgroup."""
+    for x in T.unroll(4):
+        T.call_extern(
+            "handle",
+            "tl::ptx_ldmatrix_x4_trans",
+            T.access_ptr(
+                xs[
+                    first + tx // 128 * CHUNK + x * 16 + tx % 32 // 16 * 8 + tx % 8,
+                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
+                ],
+                "r",
+            ),
+            T.access_ptr(Xf[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"),
+        )
+
+
+@T.macro
+def stage_rows(Of, os_, tx):
+    """Of [C, columns] -> the panels of `os_`."""
+    for x in T.unroll(4):
+        T.call_extern(
+            "handle",
+            "gdn::store_matrix_trans",
+            T.access_ptr(
+                os_[
+                    tx // 128 * CHUNK + x * 16 + tx % 32 // 16 * 8 + tx % 8,
+                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
+                ],
+                "w",
+            ),
+            T.access_ptr(Of[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "r"),
+        )
+
+
+@T.macro
+def stage_state(Sf, ss, tx):
+    """Sf [value columns, K] -> two panels a warpgroup in `ss`, which holds them by (warpgroup, half of K)."""
+    for x in T.unroll(8):
+        T.call_extern(
+            "handle",
+            "gdn::store_matrix",
+            T.access_ptr(
+                ss[
+                    (tx // 128 * 2 + x // 4) * 64 + tx // 32 % 4 * 16 + tx % 16,
+                    x % 4 * 16 + tx % 32 // 16 * 8,
+                ],
+                "w",
+            ),
+            T.access_ptr(Sf[tx // 32 * 16 + tx % 32 // 4, x * 16 + tx % 4 * 2], "r"),
+        )
+
+
+@T.macro
+def send_state(ss, states, slot, h, column, w):
+    """The panels of warpgroup `w` -> states[slot, h], [V, K], rows from `column` on."""
+    T.tma_copy(ss[w * 128 : w * 128 + 64, :], states[slot, h, column : column + 64, 0:64])
+    T.tma_copy(ss[w * 128 + 64 : w * 128 + 128, :], states[slot, h, column : column + 64, 64:128])

@@ -1,0 +1,236 @@
+"""States replayed for the backward: what enters each chunk, and Vd, from the states the forward saved.
+
+    U = K S     Vd = a (V - gamma U)     S <- gamma_C S + K^T (r Vd)
+
+with G the cumulative log gate of a chunk, gamma = exp(G), r = exp(G_C - G), `a` from prepare.py. One
+CTA a (segment, value head, 64 value columns a warpgroup); as in recurrence.py the state is kept
+transposed in a warpgroup's accumulators. Rows of Vd past the end of a document are zero, because
+those of `a` are. It needs no gradient: a late one can travel meanwhile.
+"""
+
+import tilelang
+import tilelang.language as T
+
+from .backward_common import (
+    SOURCE,
+    load_transposed,
+    send_state,
+    stage_rows,
+    stage_state,
+)
+from .common import (
+    CHUNK,
+    CHUNK_SLOT,
+    COUNT,
+    DOC,
+    FLAGS,
+    PART,
+    ROW,
+    TARGET,
+    accumulator_layout,
+    find_segment,
+    transposed_layout,
+)
+
+
+@tilelang.jit(target=TARGET, pass_configs=FLAGS)
+def replay(*, halves, dtype="bfloat16", normalize=False, stages=4):
+    C, K, V, HALF = CHUNK, 128, 128, 64
+    BV, workers = HALF * halves, 128 * halves
+    f32, i32 = "float32", "int32"
+    L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
+    Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
+    N0, NR = T.dynamic("N0"), T.dynamic("NR")
+
+    @T.macro
+    def send_rows(os_, vd, slot, h, column, w):
+        T.tma_copy(os_[w * C : w * C + C, :], vd[slot, h, :, column : column + HALF])
+
+    @T.prim_func
+    def main(
+        k: T.Tensor((L, Hk, K), dtype),
+        v: T.Tensor((L, Hv, V), dtype),
+        a: T.Tensor((NC, Hv, C, C), dtype),
+        gate: T.Tensor((NC, Hv, C), f32),
+        rnorm: T.Tensor((NR, Hk, C), f32),
+        cu: T.Tensor((N1,), i32),
+        initial: T.Tensor((N0, Hv, K, V), f32),
+        states: T.Tensor((NS, Hv, K, V), f32),
+        entering: T.Tensor((NC, Hv, V, K), dtype),
+        vd: T.Tensor((NC, Hv, C, V), dtype),
+        segment: T.int32,
+        bits: T.int32,
+        has_initial: T.int32,
+    ):
+        with T.Kernel(V // BV, Hv, NS, threads=workers + 128) as (tile, h, z):
+            T.import_source(SOURCE)
+            ks = T.alloc_shared((stages, C, K), dtype)
+            as_ = T.alloc_shared((stages, C, C), dtype)
+            xs = T.alloc_shared((stages * halves * C, HALF), dtype)
+            ss = T.alloc_shared((halves * 2 * HALF, HALF), dtype)
+            os_ = T.alloc_shared((halves * C, HALF), dtype)
+            gs = T.alloc_shared((stages, C), f32)
+            ein = T.alloc_shared((stages, C), f32)  # gamma
+            eout = T.alloc_shared((stages, C), f32)  # r
+            if normalize:
+                rs = T.alloc_shared((stages, C), f32)
+            S = T.alloc_fragment((BV, K), f32)
+            Sb = T.alloc_fragment((BV, K), dtype)
+            Sf = T.alloc_fragment((BV, K), dtype)
+            U = T.alloc_fragment((BV, C), f32)
+            Ub = T.alloc_fragment((BV, C), dtype)
+            W = T.alloc_fragment((BV, C), f32)
+            Wd = T.alloc_fragment((BV, C), dtype)
+            Xf = T.alloc_fragment((C, BV), dtype)
+            Of = T.alloc_fragment((C, BV), dtype)
+            E = T.alloc_fragment((BV, C), f32)
+            F = T.alloc_fragment((BV, C), f32)
+            T.annotate_layout(
+                {
+                    Xf: transposed_layout(Xf),
+                    Of: transposed_layout(Of),
+                    Sf: accumulator_layout(Sf),
+                    xs: tilelang.layout.make_swizzled_layout(xs),
+                    os_: tilelang.layout.make_swizzled_layout(os_),
+                    ss: tilelang.layout.make_swizzled_layout(ss),
+                }
+            )
+            full = T.alloc_barrier([32] * stages)
+            scaled = T.alloc_barrier([64] * stages)
+            empty = T.alloc_barrier([workers] * stages)
+            tx = T.get_thread_binding()
+            at = T.alloc_local((7,), i32)
+            find_segment(cu, z, segment, N1 - 1, bits, at)
+            n = at[COUNT]
+            row = at[ROW]
+            slot = at[CHUNK_SLOT]
+
+            if tx < workers:
+                T.set_max_nreg(232, 1)
+                T.clear(S)
+                if at[PART] > 0:
+                    if n > 0:
+                        for x, y in T.Parallel(BV, K):
+                            S[x, y] = states[z - 1, h, y, tile * BV + x]
+                else:
+                    if has_initial != 0:
+                        for x, y in T.Parallel(BV, K):
+                            S[x, y] = initial[at[DOC], h, y, tile * BV + x]
+                for c in T.serial(n):
+                    s = c % stages
+                    T.mbarrier_wait_parity(full[s], (c // stages) % 2)
+                    decay = T.exp2(gs[s, C - 1])
+                    T.copy(S, Sb)
+                    T.copy(S, Sf)
+                    for x, y in T.Parallel(BV, K):
+                        S[x, y] *= decay
+                    T.wgmma_gemm(
+                        Sb,
+                        ks[s, :, :],
+                        U,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    load_transposed(xs, s * halves * C, Xf, tx)
+                    T.tma_store_wait()
+                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                    stage_state(Sf, ss, tx)
+                    if c > 0:
+                        stage_rows(Of, os_, tx)
+                    T.call_extern("handle", "gdn::fence_shared")
+                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                    if tx < 128:
+                        send_state(ss, entering, slot + c, h, tile * BV, 0)
+                        if c > 0:
+                            send_rows(os_, vd, slot + c - 1, h, tile * BV, 0)
+                    else:
+                        send_state(
+                            ss, entering, slot + c, h, tile * BV + (halves - 1) * HALF, halves - 1
+                        )
+                        if c > 0:
+                            send_rows(
+                                os_,
+                                vd,
+                                slot + c - 1,
+                                h,
+                                tile * BV + (halves - 1) * HALF,
+                                halves - 1,
+                            )
+                    T.mbarrier_wait_parity(scaled[s], (c // stages) % 2)
+                    for x, y in T.Parallel(BV, C):
+                        E[x, y] = ein[s, y]
+                    T.wait_wgmma(0)
+                    for x, y in T.Parallel(BV, C):
+                        Ub[x, y] = Xf[y, x] - U[x, y] * E[x, y]
+                    T.wgmma_gemm(
+                        Ub,
+                        as_[s, :, :],
+                        W,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    for x, y in T.Parallel(BV, C):
+                        F[x, y] = eout[s, y]
+                    T.wait_wgmma(0)
+                    for x, y in T.Parallel(BV, C):
+                        Wd[x, y] = W[x, y] * F[x, y]
+                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                    for x, y in T.Parallel(BV, C):
+                        Of[y, x] = W[x, y]
+                    T.wait_wgmma(0)
+                    T.mbarrier_arrive(empty[s])
+                if n > 0:
+                    T.tma_store_wait()
+                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                    stage_rows(Of, os_, tx)
+                    T.call_extern("handle", "gdn::fence_shared")
+                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                    if tx < 128:
+                        send_rows(os_, vd, slot + n - 1, h, tile * BV, 0)
+                    else:
+                        send_rows(
+                            os_, vd, slot + n - 1, h, tile * BV + (halves - 1) * HALF, halves - 1
+                        )
+                    T.tma_store_wait()
+            else:
+                T.set_max_nreg(40, 0)
+                if tx < workers + 32:
+                    hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
+                    for c in T.serial(n):
+                        s = c % stages
+                        r0 = row + c * C
+                        T.mbarrier_wait_parity(empty[s], (c // stages) % 2 ^ 1)
+                        T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
+                        T.tma_copy(gate[slot + c, h, :], gs[s, :], barrier=full[s])
+                        if normalize:
+                            T.tma_copy(rnorm[slot + c, hk, :], rs[s, :], barrier=full[s])
+                        for half in range(halves):
+                            T.tma_copy(
+                                v[
+                                    r0 : r0 + C,
+                                    h,
+                                    tile * BV + half * HALF : tile * BV + half * HALF + HALF,
+                                ],
+                                xs[(s * halves + half) * C : (s * halves + half + 1) * C, :],
+                                barrier=full[s],
+                            )
+                        T.tma_copy(a[slot + c, h, :, :], as_[s, :, :], barrier=full[s])
+                        T.mbarrier_arrive(full[s])
+                else:
+                    if tx >= workers + 64:
+                        t = tx - workers - 64
+                        for c in T.serial(n):
+                            s = c % stages
+                            T.mbarrier_wait_parity(full[s], (c // stages) % 2)
+                            G = gs[s, t]
+                            if normalize:
+                                ein[s, t] = T.exp2(G) * rs[s, t]
+                                eout[s, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
+                            else:
+                                ein[s, t] = T.exp2(G)
+                                eout[s, t] = T.exp2(gs[s, C - 1] - G)
+                            T.mbarrier_arrive(scaled[s])
+
+    return main

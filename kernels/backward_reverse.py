@@ -1,0 +1,350 @@
+"""Gradients of states walked back through a segment, the serial half of the backward.
+
+    Vn = r (K dS) + P^T dO     dV = a^T Vn     dS <- gamma_C dS + Q^T (scale gamma dO) - K^T (gamma dV)
+
+with G the cumulative log gate of a chunk, gamma = exp(G), r = exp(G_C - G), `a` from prepare.py and
+P_ij = scale exp(G_i - G_j) q_i k_j, j <= i. One CTA a (segment, value head, 64 value columns a
+warpgroup); dS is kept transposed in a warpgroup's accumulators (recurrence.py), P comes from an
+auxiliary warpgroup. P and dO of rows past the end of a document are masked.
+
+    store = True    the main pass, from the gradients of the states that leave the segments
+                    (reverse_scan.py) and of the final ones: dV, the dS that leaves every chunk, dh0
+    store = False   dS_ext of a segment: the gradient of the state that enters it while nothing comes
+                    from behind it (a document's last segment counts dfinal). First segments have one
+                    only in the first `open_left` documents. With `truncate` (summary.py) it starts at
+                    the last chunk whose gradient the gates let through to the segment's start.
+"""
+
+import tilelang
+import tilelang.language as T
+
+from .backward_common import (
+    SOURCE,
+    load_transposed,
+    send_state,
+    stage_rows,
+    stage_state,
+)
+from .common import (
+    CHUNK,
+    CHUNK_SLOT,
+    COUNT,
+    DOC,
+    END,
+    FLAGS,
+    LAST,
+    PART,
+    ROW,
+    TARGET,
+    accumulator_layout,
+    find_segment,
+    transposed_layout,
+)
+from .summary import LOG2_NEGLIGIBLE
+
+
+@tilelang.jit(target=TARGET, pass_configs=FLAGS)
+def reverse(*, halves, dtype="bfloat16", normalize=False, store=True):
+    C, K, V, HALF = CHUNK, 128, 128, 64
+    BV, workers = HALF * halves, 128 * halves
+    stages = 3 if not store or halves == 1 else 2
+    f32, i32 = "float32", "int32"
+    L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
+    Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
+    ND, NF, NR, NO = T.dynamic("ND"), T.dynamic("NF"), T.dynamic("NR"), T.dynamic("NO")
+
+    @T.macro
+    def send_rows(os_, dv, at, end, h, column, w, tx):
+        if at + C <= end:
+            T.tma_copy(os_[w * C : w * C + C, :], dv[at : at + C, h, column : column + HALF])
+        else:
+            for x in T.serial(C // 16):
+                r = x * 16 + tx % 128 // 8
+                if at + r < end:
+                    for y in T.vectorized(8):
+                        dv[at + r, h, column + tx % 8 * 8 + y] = os_[w * C + r, tx % 8 * 8 + y]
+
+    @T.prim_func
+    def main(
+        q: T.Tensor((L, Hk, K), dtype),
+        k: T.Tensor((L, Hk, K), dtype),
+        do: T.Tensor((L, Hv, V), dtype),
+        a: T.Tensor((NC, Hv, C, C), dtype),
+        gate: T.Tensor((NC, Hv, C), f32),
+        rnorm: T.Tensor((NR, Hk, C), f32),
+        cu: T.Tensor((N1,), i32),
+        dstates: T.Tensor((NS, Hv, K, V), f32),
+        dfinal: T.Tensor((NF, Hv, K, V), f32),
+        dinitial: T.Tensor((ND, Hv, K, V), f32),
+        dleaving: T.Tensor((NO, Hv, V, K), dtype),
+        dv: T.Tensor((L, Hv, V), dtype),
+        scale: T.float32,
+        segment: T.int32,
+        bits: T.int32,
+        has_dfinal: T.int32,
+        truncate: T.int32,
+        open_left: T.int32,
+    ):
+        with T.Kernel(V // BV, Hv, NS, threads=workers + 256) as (tile, h, z):
+            T.import_source(SOURCE)
+            ks = T.alloc_shared((stages, C, K), dtype)
+            qs = T.alloc_shared((stages, C, K), dtype)
+            as_ = T.alloc_shared((stages, C, C), dtype)
+            xs = T.alloc_shared((stages * halves * C, HALF), dtype)
+            ps = T.alloc_shared((2 * C, C), dtype)
+            gs = T.alloc_shared((stages, C), f32)
+            ein = T.alloc_shared((2, C), f32)  # -gamma
+            eout = T.alloc_shared((2, C), f32)  # r
+            eq = T.alloc_shared((2, C), f32)  # scale gamma
+            if normalize:
+                rs = T.alloc_shared((stages, C), f32)
+                rq = T.alloc_shared((C,), f32)
+                square = T.alloc_local((1,), f32)
+            S = T.alloc_fragment((BV, K), f32)
+            Sb = T.alloc_fragment((BV, K), dtype)
+            U = T.alloc_fragment((BV, C), f32)
+            Ub = T.alloc_fragment((BV, C), dtype)
+            W = T.alloc_fragment((BV, C), f32)
+            Wd = T.alloc_fragment((BV, C), dtype)
+            Xa = T.alloc_fragment((BV, C), dtype)
+            Xb = T.alloc_fragment((BV, C), dtype)
+            Xf = T.alloc_fragment((C, BV), dtype)
+            F = T.alloc_fragment((BV, C), f32)
+            P = T.alloc_fragment((C, C), f32)
+            Pb = T.alloc_fragment((C, C), dtype)
+            layouts = {
+                Xf: transposed_layout(Xf),
+                xs: tilelang.layout.make_swizzled_layout(xs),
+                ps: tilelang.layout.make_swizzled_layout(ps),
+            }
+            if store:
+                Sf = T.alloc_fragment((BV, K), dtype)
+                Of = T.alloc_fragment((C, BV), dtype)
+                ss = T.alloc_shared((halves * 2 * HALF, HALF), dtype)
+                os_ = T.alloc_shared((halves * C, HALF), dtype)
+                layouts[Sf] = accumulator_layout(Sf)
+                layouts[Of] = transposed_layout(Of)
+                layouts[os_] = tilelang.layout.make_swizzled_layout(os_)
+                layouts[ss] = tilelang.layout.make_swizzled_layout(ss)
+            T.annotate_layout(layouts)
+            full = T.alloc_barrier([32] * stages)
+            empty = T.alloc_barrier([workers + 128] * stages)
+            ready = T.alloc_barrier([128] * 2)
+            spent = T.alloc_barrier([workers] * 2)
+            tx = T.get_thread_binding()
+
+            at = T.alloc_local((7,), i32)
+            find_segment(cu, z, segment, N1 - 1, bits, at)
+            near = T.alloc_local(
+                (2,), i32
+            )  # chunks to walk, and whether the state behind them counts
+            near[0] = at[COUNT]
+            near[1] = 1
+            if not store:
+                if at[PART] == 0 and at[DOC] >= open_left:
+                    near[0] = 0
+                if truncate != 0 and near[0] > 0:
+                    T.call_extern(
+                        "handle",
+                        "gdn::near_chunks",
+                        T.access_ptr(gate[at[CHUNK_SLOT], h, C - 1], "r"),
+                        -(Hv * C),
+                        at[COUNT],
+                        LOG2_NEGLIGIBLE,
+                        T.access_ptr(near[0], "w"),
+                    )
+            n = near[0]
+            row = at[ROW]
+            slot = at[CHUNK_SLOT]
+
+            if tx < workers:
+                T.set_max_nreg(208 if halves == 2 else 240, 1)
+                T.clear(S)
+                if at[PART] == at[LAST]:
+                    if has_dfinal != 0 and near[1] != 0:
+                        for x, y in T.Parallel(BV, K):
+                            S[x, y] = dfinal[at[DOC], h, y, tile * BV + x]
+                else:
+                    if store:
+                        if n > 0:
+                            for x, y in T.Parallel(BV, K):
+                                S[x, y] = dstates[z, h, y, tile * BV + x]
+                for i in T.serial(n):
+                    c = n - 1 - i
+                    s = i % stages
+                    b = i % 2
+                    T.mbarrier_wait_parity(full[s], (i // stages) % 2)
+                    decay = T.exp2(gs[s, C - 1])
+                    T.copy(S, Sb)
+                    if store:
+                        T.copy(S, Sf)
+                    for x, y in T.Parallel(BV, K):
+                        S[x, y] *= decay
+                    T.wgmma_gemm(
+                        Sb,
+                        ks[s, :, :],
+                        U,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    if store:
+                        T.tma_store_wait()
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                        stage_state(Sf, ss, tx)
+                        if i > 0:
+                            stage_rows(Of, os_, tx)
+                        T.call_extern("handle", "gdn::fence_shared")
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                        if tx < 128:
+                            send_state(ss, dleaving, slot + c, h, tile * BV, 0)
+                            if i > 0:
+                                send_rows(os_, dv, row + (c + 1) * C, at[END], h, tile * BV, 0, tx)
+                        else:
+                            send_state(ss, dleaving, slot + c, h, tile * BV + BV - HALF, halves - 1)
+                            if i > 0:
+                                send_rows(
+                                    os_, dv, row + (c + 1) * C, at[END], h,
+                                    tile * BV + BV - HALF, halves - 1, tx,
+                                )  # fmt: skip
+                    load_transposed(xs, s * halves * C, Xf, tx)
+                    for x, y in T.Parallel(BV, C):
+                        Xa[x, y] = Xf[y, x]
+                    T.mbarrier_wait_parity(ready[b], (i // 2) % 2)
+                    T.wgmma_gemm(
+                        Xa,
+                        ps[b * C : (b + 1) * C, :],
+                        W,
+                        clear_accum=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                    )
+                    T.wait_wgmma(1)
+                    for x, y in T.Parallel(BV, C):
+                        U[x, y] *= eout[b, y]
+                    T.wait_wgmma(0)
+                    for x, y in T.Parallel(BV, C):
+                        Ub[x, y] = U[x, y] + W[x, y]
+                    T.wgmma_gemm(
+                        Ub, as_[s, :, :], U, clear_accum=True, policy=T.GemmWarpPolicy.FullRow
+                    )
+                    for x, y in T.Parallel(BV, C):
+                        Xb[x, y] = Xf[y, x] * eq[b, y]
+                    T.wgmma_gemm(Xb, qs[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                    for x, y in T.Parallel(BV, C):
+                        F[x, y] = ein[b, y]
+                    T.wait_wgmma(1)
+                    for x, y in T.Parallel(BV, C):
+                        Wd[x, y] = U[x, y] * F[x, y]
+                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                    if store:
+                        for x, y in T.Parallel(BV, C):
+                            Of[y, x] = U[x, y]
+                    T.wait_wgmma(0)
+                    T.mbarrier_arrive(empty[s])
+                    T.mbarrier_arrive(spent[b])
+                if store:
+                    if n > 0:
+                        T.tma_store_wait()
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                        stage_rows(Of, os_, tx)
+                        T.call_extern("handle", "gdn::fence_shared")
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                        if tx < 128:
+                            send_rows(os_, dv, row, at[END], h, tile * BV, 0, tx)
+                        else:
+                            send_rows(
+                                os_, dv, row, at[END], h, tile * BV + BV - HALF, halves - 1, tx
+                            )
+                        T.tma_store_wait()
+                    if at[PART] == 0:
+                        for x, y in T.Parallel(BV, K):
+                            dinitial[at[DOC], h, y, tile * BV + x] = S[x, y]
+                else:
+                    if at[PART] <= at[LAST]:
+                        if at[PART] > 0 or at[DOC] < open_left:
+                            for x, y in T.Parallel(BV, K):
+                                dstates[z, h, y, tile * BV + x] = S[x, y]
+            else:
+                if tx < workers + 128:
+                    T.set_max_nreg(72 if halves == 2 else 104, 0)
+                    t = tx - workers
+                    for i in T.serial(n):
+                        c = n - 1 - i
+                        s = i % stages
+                        b = i % 2
+                        valid = at[END] - row - c * C
+                        T.mbarrier_wait_parity(full[s], (i // stages) % 2)
+                        if normalize:
+                            square[0] = T.call_extern(
+                                f32,
+                                "gdn::square_sum",
+                                T.access_ptr(qs[s, t // 2, t % 2 * (K // 2)], "r"),
+                                dtype == "float16",
+                            )
+                            square[0] += T.shfl_xor(square[0], 1)
+                            rq[t // 2] = scale * T.rsqrt(square[0] + 1e-6)
+                            T.call_extern("handle", "gdn::wait_named", 3)
+                        T.mbarrier_wait_parity(spent[b], (i // 2) % 2 ^ 1)
+                        T.wgmma_gemm(
+                            qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                        )
+                        if t < C:
+                            G = gs[s, t]
+                            if normalize:
+                                ein[b, t] = -T.exp2(G) * rs[s, t]
+                                eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
+                                eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * rq[t], 0.0)
+                            else:
+                                ein[b, t] = -T.exp2(G)
+                                eout[b, t] = T.exp2(gs[s, C - 1] - G)
+                                eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * scale, 0.0)
+                        T.wait_wgmma(0)
+                        # the mask comes after the arithmetic: branches here cost more than exps
+                        for x, y in T.Parallel(C, C):
+                            P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
+                        if normalize:
+                            for x, y in T.Parallel(C, C):
+                                P[x, y] *= rq[x] * rs[s, y]
+                        else:
+                            for x, y in T.Parallel(C, C):
+                                P[x, y] *= scale
+                        for x, y in T.Parallel(C, C):
+                            P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
+                        if valid < C:
+                            for x, y in T.Parallel(C, C):
+                                P[x, y] = T.if_then_else(x < valid, P[x, y], 0.0)
+                        T.copy(P, Pb)
+                        T.copy(Pb, ps[b * C : (b + 1) * C, :])
+                        T.call_extern("handle", "gdn::fence_shared")
+                        if normalize:  # rq is read before the next chunk writes it
+                            T.call_extern("handle", "gdn::wait_named", 3)
+                        T.mbarrier_arrive(ready[b])
+                        T.mbarrier_arrive(empty[s])
+                else:
+                    T.set_max_nreg(24, 0)
+                    if tx < workers + 160:
+                        hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
+                        for i in T.serial(n):
+                            c = n - 1 - i
+                            s = i % stages
+                            r0 = row + c * C
+                            T.mbarrier_wait_parity(empty[s], (i // stages) % 2 ^ 1)
+                            T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
+                            T.tma_copy(q[r0 : r0 + C, hk, :], qs[s, :, :], barrier=full[s])
+                            T.tma_copy(gate[slot + c, h, :], gs[s, :], barrier=full[s])
+                            if normalize:
+                                T.tma_copy(rnorm[slot + c, hk, :], rs[s, :], barrier=full[s])
+                            for half in range(halves):
+                                T.tma_copy(
+                                    do[
+                                        r0 : r0 + C,
+                                        h,
+                                        tile * BV + half * HALF : tile * BV + half * HALF + HALF,
+                                    ],
+                                    xs[(s * halves + half) * C : (s * halves + half + 1) * C, :],
+                                    barrier=full[s],
+                                )
+                            T.tma_copy(a[slot + c, h, :, :], as_[s, :, :], barrier=full[s])
+                            T.mbarrier_arrive(full[s])
+
+    return main
