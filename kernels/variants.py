@@ -14,6 +14,9 @@ from .backward_beta import beta_gradient
 from .backward_chains import chains
 from .backward_gradients import SMALLEST_BETA, gradients
 from .common import FLAGS, TARGET
+from .conv import conv_backward, conv_forward
+from .gates import gates_backward, gates_forward
+from .norm import norm_backward, norm_forward
 from .prepare import prepare
 from .recurrence import recurrence
 from .scan import scan
@@ -27,6 +30,12 @@ KERNELS = {
     "chains": chains,
     "gradients": gradients,
     "beta_gradient": beta_gradient,
+    "conv_forward": conv_forward,
+    "conv_backward": conv_backward,
+    "gates_forward": gates_forward,
+    "gates_backward": gates_backward,
+    "norm_forward": norm_forward,
+    "norm_backward": norm_backward,
 }
 
 
@@ -87,6 +96,17 @@ def variants(
         yield Variant("beta_gradient", {"smallest": SMALLEST_BETA[dtype], **last})
     yield Variant("scan", {})
     yield Variant("scan", {"whole": True})
+    yield from surroundings(key_heads, value_heads, dtype)
+
+
+def surroundings(key_heads: int, value_heads: int, dtype: str) -> Iterator[Variant]:
+    """The kernels of a layer around the rule, heads of 128."""
+    sizes = (key_heads * 128, key_heads * 128, value_heads * 128)
+    for way in ("forward", "backward"):
+        for packed in (False, True):
+            yield Variant(f"conv_{way}", {"sizes": sizes, "dtype": dtype, "packed": packed})
+        yield Variant(f"gates_{way}", {"heads": value_heads, "dtype": dtype})
+        yield Variant(f"norm_{way}", {"dim": 128, "dtype": dtype})
 
 
 def assemble(source: str) -> tuple[str, str]:
