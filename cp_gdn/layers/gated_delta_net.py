@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..context import CPContext
+from ..ops.autocast import share_copy
 from ..ops.fused import check_engine
 from ..ops.gated_delta_rule import chunk_gated_delta_rule
 from ..ops.gates import decay_and_strength
@@ -104,16 +105,17 @@ class CPGatedDeltaNet(nn.Module):
         if cp_context is not None:
             cp_context.check_tokens(hidden_states)
         around = "torch" if self.engine == "torch" else "auto"
+        for_qkv, for_z, for_a, for_b = share_copy(hidden_states, 4)
         q, k, v = self.conv1d(
-            self.in_proj_qkv(hidden_states),
+            self.in_proj_qkv(for_qkv),
             (self.key_dim, self.key_dim, self.value_dim),
             cp_context=cp_context,
             engine=around,
         )
-        z = self.in_proj_z(hidden_states)
+        z = self.in_proj_z(for_z)
         g, beta = decay_and_strength(
-            self.in_proj_a(hidden_states),
-            self.in_proj_b(hidden_states),
+            self.in_proj_a(for_a),
+            self.in_proj_b(for_b),
             self.A_log,
             self.dt_bias,
             engine=around,

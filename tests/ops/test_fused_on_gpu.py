@@ -19,9 +19,8 @@ from cp_gdn.ops.gates import decay_and_strength
 
 pytestmark = pytest.mark.gpu
 
-# Half a unit in the last place of a result, as a relative L2 norm; parameters' gradients are fp32.
-ROUNDING = {torch.bfloat16: 2.2e-3, torch.float16: 2.8e-4}
-FP32 = 2e-6
+# Half a unit in the last place: what a 16-bit result may differ from the exact one.
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SPLIT = (256, 128, 320)  # no multiple of what a CTA holds
 
 
@@ -37,16 +36,26 @@ def gradients(fn, inputs, grads):
     return [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
 
 
-def check(fn, oracle, inputs, grads, dtype):
+def assert_rounded(got, ref, name):
+    """fp32 by the norm; 16 bits number by number, to rounding and the error of the fp32 sums."""
+    assert got.shape == ref.shape, name
+    if got.dtype == torch.float32:
+        error = ((got.double() - ref).norm() / ref.norm().clamp_min(1e-30)).item()
+        assert error < 2e-6, (name, error)
+        return
+    excess = (got.double() - ref).abs() - ROUNDING[got.dtype] * ref.abs()
+    assert excess.max() < 1e-5 * ref.abs().max(), (name, excess.max().item())
+
+
+def check(fn, oracle, inputs, grads):
     """`fn` against `oracle` in float64, and against itself."""
     got = gradients(fn, inputs, grads)
     again = gradients(fn, inputs, grads)
     assert all(map(torch.equal, got, again))
     wide = gradients(oracle, [x.double() for x in inputs], [g.double() for g in grads])
     for i, (x, ref) in enumerate(zip(got, wide, strict=True)):
-        assert x.shape == ref.shape and x.is_contiguous()
-        error = ((x.double() - ref).norm() / ref.norm().clamp_min(1e-30)).item()
-        assert error < (FP32 if x.dtype == torch.float32 else ROUNDING[dtype]), (i, error)
+        assert x.is_contiguous()
+        assert_rounded(x, ref, i)
 
 
 def conv_oracle(x, weight, halo=None, positions=None):
@@ -71,7 +80,7 @@ def test_convolution(B, T, dtype):
     def fused(x, weight):
         return causal_conv1d(x, weight, split=SPLIT, engine="tilelang")
 
-    check(fused, conv_oracle, inputs, grads, dtype)
+    check(fused, conv_oracle, inputs, grads)
 
 
 @pytest.mark.parametrize("lengths", [[1] * 5 + [2, 3, 122, 1, 130, 64], [200, 1, 1, 55, 3]])
@@ -87,7 +96,7 @@ def test_convolution_of_packed_documents(lengths):
     def oracle(x, weight):
         return conv_oracle(x, weight, positions=context.position_ids)
 
-    check(fused, oracle, [draw(1, T, D, dtype=dtype), draw(D, 4)], grads, dtype)
+    check(fused, oracle, [draw(1, T, D, dtype=dtype), draw(D, 4)], grads)
 
 
 @pytest.mark.parametrize("reach", [1, 2, 3, None])
@@ -105,11 +114,11 @@ def test_halo_from_a_left_neighbour(T, reach, monkeypatch):
     if positions is not None:
         context = build_cp_context(seq_len=T, cu_seqlens=[0, T // 2, T], device="cuda")
         object.__setattr__(context, "position_ids", positions)
-    returned = []
+    returned, successor = [], 0.0
 
     def give_back(dhalo, context, width):
         returned.append(dhalo)
-        return [(slice(T - 1, T), torch.ones_like(dhalo[:, :1]))]
+        return [(slice(T - 1, T), torch.full_like(dhalo[:, :1], successor))]
 
     monkeypatch.setattr(type(context), "any_crossing", property(lambda self: True))
     monkeypatch.setattr(comm, "exchange_halo", lambda x, context, width: halo)
@@ -127,12 +136,14 @@ def test_halo_from_a_left_neighbour(T, reach, monkeypatch):
     *expected, dx_ref, dweight_ref, dhalo_ref = gradients(
         oracle, [t.double() for t in (*inputs, halo)], [g.double() for g in grads]
     )
-    dx_ref[:, T - 1] += 1
     (dhalo,) = returned
     expected += [dx_ref, dhalo_ref, dweight_ref]
-    for x, ref in zip([*outputs, dx, dhalo, dweight], expected, strict=True):
-        bound = FP32 if x.dtype == torch.float32 else ROUNDING[dtype]
-        assert (x.double() - ref).norm() <= bound * ref.norm()
+    for i, (x, ref) in enumerate(zip([*outputs, dx, dhalo, dweight], expected, strict=True)):
+        assert_rounded(x, ref, i)
+    successor = 1.0  # what the right neighbour returns is added to the last tokens
+    again = gradients(fused, inputs, grads)[3]
+    dx[:, T - 1] += 1
+    assert torch.equal(again, dx)
 
 
 def gates_oracle(a, b, A_log, dt_bias):
@@ -151,7 +162,7 @@ def test_gates(B, T, heads, dtype):
     def fused(*inputs):
         return decay_and_strength(*inputs, engine="tilelang")
 
-    check(fused, gates_oracle, inputs, grads, dtype)
+    check(fused, gates_oracle, inputs, grads)
     g = fused(*inputs)[0]
     ref = gates_oracle(*(x.double() for x in inputs))[0]
     assert ((g - ref) / ref).abs().max() < 2e-6  # every head by its own measure
@@ -171,7 +182,7 @@ def test_gated_norm(shape, dtype):
     def fused(x, gate, weight):
         return (gated_rms_norm(x, gate, weight, engine="tilelang"),)
 
-    check(fused, norm_oracle, inputs, [draw(*shape, dtype=dtype, seed=2)], dtype)
+    check(fused, norm_oracle, inputs, [draw(*shape, dtype=dtype, seed=2)])
 
 
 @contextmanager
@@ -209,7 +220,9 @@ def test_the_layer_is_as_near_to_float64_as_in_pytorch(cu_seqlens):
         exact = layer_run(layer.double(), x.double(), dy.double(), context, autocast=False)
     for i, (a, b, ref) in enumerate(zip(fused, eager, exact, strict=True)):
         ours, theirs = (((t.double() - ref).norm() / ref.norm()).item() for t in (a, b))
-        assert a.dtype == b.dtype and ours < 1.1 * theirs + 1e-4, (i, ours, theirs)
+        # dt_bias and A_log: four sums of both signs, a few draws of the noise of all that is before
+        bound = 1.1 * theirs + 1e-4 if ref.numel() > 4 else 5e-2
+        assert a.dtype == b.dtype and ours < bound, (i, ours, theirs)
 
 
 def test_a_step_of_the_layer_never_waits_and_is_captured():
