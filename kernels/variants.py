@@ -61,6 +61,16 @@ class Variant(NamedTuple):
         return f"{self.kernel}({options})"
 
 
+def surroundings(key_heads: int, value_heads: int, dtype: str) -> Iterator[Variant]:
+    """The kernels of a layer around the rule, heads of 128."""
+    sizes = (key_heads * 128, key_heads * 128, value_heads * 128)
+    for way in ("forward", "backward"):
+        for packed in (False, True):
+            yield Variant(f"conv_{way}", {"sizes": sizes, "dtype": dtype, "packed": packed})
+        yield Variant(f"gates_{way}", {"heads": value_heads, "dtype": dtype})
+        yield Variant(f"norm_{way}", {"dim": 128, "dtype": dtype})
+
+
 def variants(
     key_heads: int,
     value_heads: int,
@@ -75,6 +85,7 @@ def variants(
 
     processors: multiprocessors of the GPU that will run them (132: H100 and H200 SXM).
     """
+    yield from surroundings(key_heads, value_heads, dtype)
     for norm in normalize:
         common = {"dtype": dtype, "normalize": norm}
         yield Variant(
@@ -96,17 +107,6 @@ def variants(
         yield Variant("beta_gradient", {"smallest": SMALLEST_BETA[dtype], **last})
     yield Variant("scan", {})
     yield Variant("scan", {"whole": True})
-    yield from surroundings(key_heads, value_heads, dtype)
-
-
-def surroundings(key_heads: int, value_heads: int, dtype: str) -> Iterator[Variant]:
-    """The kernels of a layer around the rule, heads of 128."""
-    sizes = (key_heads * 128, key_heads * 128, value_heads * 128)
-    for way in ("forward", "backward"):
-        for packed in (False, True):
-            yield Variant(f"conv_{way}", {"sizes": sizes, "dtype": dtype, "packed": packed})
-        yield Variant(f"gates_{way}", {"heads": value_heads, "dtype": dtype})
-        yield Variant(f"norm_{way}", {"dim": 128, "dtype": dtype})
 
 
 def assemble(source: str) -> tuple[str, str]:
