@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from cp_gdn import CPGatedDeltaNet, build_cp_context, comm
@@ -17,6 +18,7 @@ from cp_gdn.ops.causal_conv1d import causal_conv1d
 from cp_gdn.ops.gated_rms_norm import gated_rms_norm
 from cp_gdn.ops.gates import decay_and_strength
 
+from ..distributed import run_ranks
 from ..layers.common import relative
 
 
@@ -85,6 +87,41 @@ def test_convolution_through_the_kernels_path(monkeypatch, cu_seqlens):
     assert all(part.is_contiguous() for part in fused[:3])
     assert all(relative(a, b) < 1e-6 for a, b in zip(fused, eager, strict=True))
     assert len(returned) == 2 and torch.allclose(*returned, atol=1e-6)
+
+
+def _on_ranks(rank, size, x, weight, dy, cu_seqlens, sizes):
+    """Parts of this rank, and gradients summed over the ranks."""
+    context = build_cp_context(
+        dist.group.WORLD, seq_len=x.shape[1], cu_seqlens=cu_seqlens, shard_sizes=sizes
+    )
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    parts = causal_conv1d(context.shard(leaves[0]), leaves[1], split=(4, 4, 4), cp_context=context)
+    grads = torch.autograd.grad(parts, leaves, context.shard(dy).split((4, 4, 4), -1))
+    for grad in grads:
+        dist.all_reduce(grad)
+    return [context.gather(part).detach() for part in parts], grads
+
+
+@pytest.mark.parametrize(
+    ("B", "cu_seqlens", "sizes"),
+    [(2, None, (20, 20)), (1, None, (1, 2, 37)), (1, (0, 19, 22, 40), (20, 1, 19))],
+)
+@pytest.mark.parametrize("broken", [False, True])
+def test_halos_between_ranks_through_the_kernels_path(monkeypatch, B, cu_seqlens, sizes, broken):
+    """Shards shorter than the filter, documents that end at a cut; a halo that is dropped is seen."""
+    x, weight, dy = torch.randn(B, 40, 12), torch.randn(12, 4), torch.randn(B, 40, 12)
+    alone = build_cp_context(seq_len=40, cu_seqlens=cu_seqlens)
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    ref = causal_conv1d(*leaves, split=(4, 4, 4), cp_context=alone)
+    ref_grads = torch.autograd.grad(ref, leaves, dy.split((4, 4, 4), -1))
+    conv_kernels(monkeypatch)
+    no_obstacle(monkeypatch, conv_module)
+    if broken:
+        monkeypatch.setattr(comm, "return_halo", lambda *args: [])
+    for parts, grads in run_ranks(len(sizes), _on_ranks, x, weight, dy, cu_seqlens, sizes):
+        assert all(relative(a, b) < 1e-6 for a, b in zip(parts, ref, strict=True))
+        assert (relative(grads[0], ref_grads[0]) < 1e-6) != broken
+        assert relative(grads[1], ref_grads[1]) < 1e-6
 
 
 def test_what_the_convolution_kernel_does_not_take(monkeypatch):
