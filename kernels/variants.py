@@ -15,6 +15,9 @@ from .backward_gradients import SMALLEST_BETA, gradients
 from .backward_replay import replay
 from .backward_reverse import reverse
 from .common import FLAGS, TARGET
+from .conv import conv_backward, conv_forward
+from .gates import gates_backward, gates_forward
+from .norm import norm_backward, norm_forward
 from .prepare import prepare
 from .recurrence import recurrence
 from .reverse_scan import reverse_scan
@@ -31,6 +34,12 @@ KERNELS = {
     "reverse_scan": reverse_scan,
     "gradients": gradients,
     "beta_gradient": beta_gradient,
+    "conv_forward": conv_forward,
+    "conv_backward": conv_backward,
+    "gates_forward": gates_forward,
+    "gates_backward": gates_backward,
+    "norm_forward": norm_forward,
+    "norm_backward": norm_backward,
 }
 
 
@@ -56,6 +65,16 @@ class Variant(NamedTuple):
         return f"{self.kernel}({options})"
 
 
+def surroundings(key_heads: int, value_heads: int, dtype: str) -> Iterator[Variant]:
+    """The kernels of a layer around the rule, heads of 128."""
+    sizes = (key_heads * 128, key_heads * 128, value_heads * 128)
+    for way in ("forward", "backward"):
+        for packed in (False, True):
+            yield Variant(f"conv_{way}", {"sizes": sizes, "dtype": dtype, "packed": packed})
+        yield Variant(f"gates_{way}", {"heads": value_heads, "dtype": dtype})
+        yield Variant(f"norm_{way}", {"dim": 128, "dtype": dtype})
+
+
 def variants(
     key_heads: int,
     value_heads: int,
@@ -72,6 +91,7 @@ def variants(
     """
     for entering in (False, True):
         yield Variant("reverse_scan", {"entering": entering})
+    yield from surroundings(key_heads, value_heads, dtype)
     for norm in normalize:
         common = {"dtype": dtype, "normalize": norm}
         yield Variant(

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..context import CPContext
-from ..ops.chunked import compute_dtype
+from ..ops.autocast import share_copy
+from ..ops.fused import check_engine
 from ..ops.gated_delta_rule import chunk_gated_delta_rule
+from ..ops.gates import decay_and_strength
 from .conv import CausalConv1d
 from .norm import GatedRMSNorm
 
@@ -33,8 +34,13 @@ class CPGatedDeltaNet(nn.Module):
     rounding error there grows with the sequence. Loading or sharing parameters keeps the dtype they
     come in.
 
+    ``engine`` is that of :func:`cp_gdn.chunk_gated_delta_rule`. "torch" keeps convolution, gates and
+    norm in PyTorch as well; otherwise these take their own kernels wherever those run, which is for
+    16-bit activations on Hopper.
+
     Raises:
-        ValueError: a size that is not positive, or num_v_heads not a multiple of num_k_heads.
+        ValueError: a size that is not positive, num_v_heads not a multiple of num_k_heads, or an
+            unknown engine.
     """
 
     def __init__(
@@ -46,8 +52,10 @@ class CPGatedDeltaNet(nn.Module):
         head_v_dim: int = 128,
         conv_size: int = 4,
         norm_eps: float = 1e-6,
+        engine: str = "auto",
     ):
         super().__init__()
+        check_engine(engine)
         sizes = {
             "hidden_size": hidden_size,
             "num_k_heads": num_k_heads,
@@ -64,6 +72,7 @@ class CPGatedDeltaNet(nn.Module):
                 f"num_v_heads is {num_v_heads} and num_k_heads {num_k_heads}; every key head serves "
                 "the same number of value heads, so num_v_heads must be a multiple of num_k_heads"
             )
+        self.engine = engine
         self.num_k_heads, self.num_v_heads = num_k_heads, num_v_heads
         self.head_k_dim, self.head_v_dim = head_k_dim, head_v_dim
         self.key_dim = num_k_heads * head_k_dim
@@ -95,13 +104,22 @@ class CPGatedDeltaNet(nn.Module):
         """
         if cp_context is not None:
             cp_context.check_tokens(hidden_states)
-        wide = compute_dtype(hidden_states.dtype)
-        qkv = self.conv1d(self.in_proj_qkv(hidden_states), cp_context=cp_context)
-        q, k, v = qkv.split((self.key_dim, self.key_dim, self.value_dim), -1)
-        z = self.in_proj_z(hidden_states)
-        beta = self.in_proj_b(hidden_states).to(wide).sigmoid()
-        a = self.in_proj_a(hidden_states).to(wide)
-        g = -self.A_log.to(wide).exp() * F.softplus(a + self.dt_bias.to(wide))  # [B, T, Hv]
+        around = "torch" if self.engine == "torch" else "auto"
+        for_qkv, for_z, for_a, for_b = share_copy(hidden_states, 4)
+        q, k, v = self.conv1d(
+            self.in_proj_qkv(for_qkv),
+            (self.key_dim, self.key_dim, self.value_dim),
+            cp_context=cp_context,
+            engine=around,
+        )
+        z = self.in_proj_z(for_z)
+        g, beta = decay_and_strength(
+            self.in_proj_a(for_a),
+            self.in_proj_b(for_b),
+            self.A_log,
+            self.dt_bias,
+            engine=around,
+        )  # [B, T, Hv]
         o, _ = chunk_gated_delta_rule(
             q.unflatten(-1, (self.num_k_heads, self.head_k_dim)),
             k.unflatten(-1, (self.num_k_heads, self.head_k_dim)),
@@ -110,11 +128,12 @@ class CPGatedDeltaNet(nn.Module):
             beta,
             use_qk_l2norm_in_kernel=True,
             cp_context=cp_context,
+            engine=self.engine,
         )  # [B, T, Hv, V]
-        return self.out_proj(self.norm(o, z.view_as(o)).flatten(-2))
+        return self.out_proj(self.norm(o, z.view_as(o), engine=around).flatten(-2))
 
     @classmethod
-    def from_transformers(cls, hf_layer: nn.Module) -> "CPGatedDeltaNet":
+    def from_transformers(cls, hf_layer: nn.Module, *, engine: str = "auto") -> "CPGatedDeltaNet":
         """The same function as a transformers Gated DeltaNet layer.
 
         Qwen3_5GatedDeltaNet and Qwen3_5MoeGatedDeltaNet share every parameter with the result (the
@@ -122,7 +141,7 @@ class CPGatedDeltaNet(nn.Module):
         those become copies in the flat layout, the rest is shared.
 
         Raises:
-            ValueError: another class, or an activation that is not SiLU.
+            ValueError: another class, an activation that is not SiLU, or an unknown engine.
         """
         classes = {base.__name__ for base in type(hf_layer).__mro__}
         interleaved = bool(classes.intersection(_INTERLEAVED))
@@ -145,6 +164,7 @@ class CPGatedDeltaNet(nn.Module):
                 source.head_v_dim,
                 source.conv_kernel_size,
                 source.layer_norm_epsilon,
+                engine,
             )
         if interleaved:
             layer._relay(source.in_proj_qkvz.weight, source.in_proj_ba.weight)

@@ -8,14 +8,10 @@ in fp32 (fp64 for fp64 inputs), returned in the dtype of the input.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.chunked import compute_dtype
-
-
-def _normalize(x: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+from ..ops.gated_rms_norm import gated_rms_norm, normalize
 
 
 class RMSNorm(nn.Module):
@@ -28,7 +24,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = compute_dtype(x.dtype)
-        return (_normalize(x.to(wide), self.eps) * (1 + self.weight.to(wide))).to(x.dtype)
+        return (normalize(x.to(wide), self.eps) * (1 + self.weight.to(wide))).to(x.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -39,7 +35,5 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        wide = compute_dtype(x.dtype)
-        y = _normalize(x.to(wide), self.eps) * self.weight.to(wide)
-        return (y * F.silu(gate.to(wide))).to(x.dtype)
+    def forward(self, x: Tensor, gate: Tensor, *, engine: str = "auto") -> Tensor:
+        return gated_rms_norm(x, gate, self.weight, self.eps, engine=engine)

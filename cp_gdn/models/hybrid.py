@@ -19,18 +19,18 @@ from ..layers.gated_delta_net import CPGatedDeltaNet
 from ..layers.lm_head import IGNORE_INDEX, LMHead
 from ..layers.mlp import SwiGLU
 from ..layers.norm import RMSNorm
+from ..ops.fused import check_engine
 from .flops import train_flops_per_token
 
 
-@dataclass(frozen=True)
-class HybridConfig:
-    """Sizes of a :class:`HybridLM`, named as in transformers' Qwen3_5TextConfig.
+@dataclass
+class HybridSizes:
+    """A :class:`HybridLM` but for its vocabulary, named as in transformers' Qwen3_5TextConfig.
 
-    Every ``full_attention_interval``-th layer is softmax attention, the others Gated DeltaNet.
-    Raises ValueError for sizes that do not fit together.
+    Every ``full_attention_interval``-th layer is softmax attention, the others Gated DeltaNet with
+    ``engine`` (see :class:`CPGatedDeltaNet`). Raises ValueError for what does not fit together.
     """
 
-    vocab_size: int
     hidden_size: int
     num_layers: int
     intermediate_size: int
@@ -48,10 +48,12 @@ class HybridConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
+        check_engine(self.engine)
         for name, value in vars(self).items():
-            if name != "tie_word_embeddings" and not value > 0:
+            if name not in ("tie_word_embeddings", "engine") and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
         for many, few in (
             ("num_attention_heads", "num_key_value_heads"),
@@ -79,6 +81,13 @@ class HybridConfig:
         )
 
 
+@dataclass(kw_only=True)
+class HybridConfig(HybridSizes):
+    """A :class:`HybridLM`: its sizes and its vocabulary."""
+
+    vocab_size: int
+
+
 class HybridOutput(NamedTuple):
     """Without labels the logits; with labels the sum and the number of this rank's losses."""
 
@@ -102,6 +111,7 @@ class DecoderLayer(nn.Module):
                 config.linear_value_head_dim,
                 config.linear_conv_kernel_dim,
                 config.rms_norm_eps,
+                config.engine,
             )
         else:
             self.self_attn = CPAttention(

@@ -8,7 +8,8 @@ boundaries are masks made
 from the context's position_ids, so nothing is read on the host.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from .. import boundary
 from ..context import CPContext
+from .fused import obstacle, use_kernels
+
+_WIDTH, _MULTIPLE = 4, 4  # taps, and channels of a part, that the kernels take
 
 
 class _Halo(torch.autograd.Function):
@@ -35,27 +39,97 @@ class _Halo(torch.autograd.Function):
         return dx, None, None
 
 
+class _FusedConv(torch.autograd.Function):
+    """x [B, T, D] -> its three parts after convolution and SiLU, the halo fetched and its gradient returned within."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, filters: Tensor, sizes: tuple[int, int, int], context: CPContext | None
+    ) -> tuple[Tensor, ...]:
+        from ..kernels.conv import causal_conv_silu
+
+        ctx.context = context if context is not None and context.any_crossing else None
+        if ctx.context is not None:
+            halo = boundary.exchange_halo(x, ctx.context, _WIDTH - 1)
+        else:
+            halo = x.new_zeros(x.shape[0], _WIDTH - 1, x.shape[2])
+        ctx.packed = context is not None and context.num_documents > 1
+        positions = (
+            (context.position_ids.to(x.device),) if context is not None and ctx.packed else ()
+        )
+        ctx.save_for_backward(x, halo, filters, *positions)
+        return causal_conv_silu(
+            x, halo, filters.float(), positions[0] if positions else None, sizes
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from ..kernels.conv import causal_conv_silu_backward
+
+        x, halo, filters, *positions = ctx.saved_tensors
+        dq, dk, dv = grads
+        dx, dhalo, dfilters = causal_conv_silu_backward(
+            x, halo, filters.float(), positions[0] if positions else None, (dq, dk, dv)
+        )
+        if ctx.context is not None:
+            for tokens, part in boundary.return_halo(dhalo, ctx.context, _WIDTH - 1):
+                dx[:, tokens] += part
+        return dx, dfilters.to(filters.dtype), None, None
+
+
+@overload
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
     activation: str | None = "silu",
+    split: None = None,
     cp_context: CPContext | None = None,
-) -> Tensor:
+    engine: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    split: Sequence[int],
+    cp_context: CPContext | None = None,
+    engine: str = "auto",
+) -> tuple[Tensor, ...]: ...
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    split: Sequence[int] | None = None,
+    cp_context: CPContext | None = None,
+    engine: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
     """Depthwise causal convolution along T, one filter a channel.
 
     Args:
         x: [B, T, D]; under context parallelism T is this rank's part.
         weight: [D, W] or [D, 1, W]. bias: [D] or None.
         activation: "silu" or None.
+        split: sizes that add to D: return the channels in as many tensors.
         cp_context: carries the shards and the documents; None: one rank, one document a row.
+        engine: "tilelang" (one kernel each way; Hopper, bf16 or fp16, W = 4, SiLU, no bias, a split in three multiples
+            of 4; its products are of ``weight`` as it is, and its results are contiguous), "torch" (``weight`` in the
+            dtype of x), or "auto": tilelang where it can.
 
     Returns:
-        [B, T, D].
+        [B, T, D], or a tuple of [B, T, split[i]].
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation.
+        ValueError: shapes that do not fit, an unknown activation or engine, or "tilelang" where it cannot.
     """
     filters = weight.squeeze(1) if weight.ndim == 3 else weight
     if x.ndim != 3 or filters.ndim != 2 or filters.shape[0] != x.shape[2]:
@@ -64,11 +138,37 @@ def causal_conv1d(
         )
     if activation not in ("silu", None):
         raise ValueError(f'activation={activation!r}; choose "silu" or None')
-    B, T, D = x.shape
-    width = filters.shape[1] - 1
+    if split is not None and (sum(split) != x.shape[2] or min(split) < 1):
+        raise ValueError(
+            f"split={tuple(split)} of {x.shape[2]} channels; the sizes must be positive and add to them"
+        )
     if cp_context is not None:
         cp_context.check_tokens(x)
+    reason = obstacle(x)
+    if reason is None and (
+        filters.shape[1] != _WIDTH
+        or bias is not None
+        or activation is None
+        or split is None
+        or len(split) != 3
+        or any(size % _MULTIPLE for size in split)
+    ):
+        reason = (
+            f"it takes W = {_WIDTH}, SiLU, no bias and a split into three multiples of {_MULTIPLE}"
+        )
+    if use_kernels(engine, reason):
+        assert split is not None
+        return _FusedConv.apply(x, filters, tuple(split), cp_context)
+    y = _convolve(x, filters.to(x.dtype), bias, cp_context)
+    y = F.silu(y) if activation == "silu" else y
+    return y if split is None else y.split(list(split), -1)
 
+
+def _convolve(
+    x: Tensor, filters: Tensor, bias: Tensor | None, cp_context: CPContext | None
+) -> Tensor:
+    B, T, D = x.shape
+    width = filters.shape[1] - 1
     if cp_context is not None and cp_context.any_crossing:
         halo = _Halo.apply(x, cp_context, width)
     else:
@@ -83,6 +183,4 @@ def causal_conv1d(
             y = y + torch.where(inside, shifted, 0) * filters[:, width - s]
     else:
         y = F.conv1d(padded.transpose(1, 2), filters.unsqueeze(1), groups=D).transpose(1, 2)
-    if bias is not None:
-        y = y + bias
-    return F.silu(y) if activation == "silu" else y
+    return y if bias is None else y + bias

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cp_gdn.context import EXCHANGES
-from cp_gdn.models.hybrid import HybridConfig
+from cp_gdn.models.hybrid import HybridConfig, HybridSizes
 from cp_gdn.train.data import DataConfig
 
 PRECISIONS = ("fp32", "bf16")
@@ -46,26 +46,8 @@ def _at_least(what: str, value: float, least: float) -> None:
 
 
 @dataclass
-class ModelConfig:
-    """The fields of HybridConfig except the vocabulary, which the corpus' tokenizer decides."""
-
-    hidden_size: int
-    num_layers: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    linear_num_key_heads: int
-    linear_num_value_heads: int
-    linear_key_head_dim: int
-    linear_value_head_dim: int
-    linear_conv_kernel_dim: int = 4
-    full_attention_interval: int = 4
-    rope_theta: float = 1e7
-    partial_rotary_factor: float = 0.25
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+class ModelConfig(HybridSizes):
+    """The model without its vocabulary, which the corpus' tokenizer decides."""
 
     def for_vocabulary(self, vocab_size: int) -> HybridConfig:
         return HybridConfig(vocab_size=vocab_size, **dataclasses.asdict(self))

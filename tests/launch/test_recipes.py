@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cp_gdn.models.hybrid import HybridConfig
+from cp_gdn.models.hybrid import HybridConfig, HybridLM
 from cp_gdn.train.config import ModelConfig, TrainConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -105,8 +105,14 @@ def test_a_wrong_value_is_one_sentence(override, message):
 
 
 def test_the_model_recipe_has_the_fields_of_the_model():
-    ours = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
-    theirs = {f.name: f.type for f in dataclasses.fields(HybridConfig) if f.name != "vocab_size"}
-    assert ours == theirs
-    defaults = {f.name: f.default for f in dataclasses.fields(HybridConfig)}
-    assert all(f.default == defaults[f.name] for f in dataclasses.fields(ModelConfig))
+    ours = {f.name for f in dataclasses.fields(ModelConfig)}
+    assert ours == {f.name for f in dataclasses.fields(HybridConfig)} - {"vocab_size"}
+
+
+def test_a_recipe_chooses_the_engine_of_every_layer():
+    config = composed("model=tiny", "model.engine=torch")
+    assert composed("model=tiny").model.engine == "auto"
+    layers = HybridLM(config.model.for_vocabulary(257)).model.layers
+    assert [m.linear_attn.engine for m in layers if m._linear] == ["torch"] * 3
+    with pytest.raises(ValueError, match="engine='cuda' is unknown"):
+        composed("model.engine=cuda")
