@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..context import CPContext
 from ..ops.autocast import share_copy
-from ..ops.fused import check_engine
+from ..ops.engines import check_engine
 from ..ops.gated_delta_rule import chunk_gated_delta_rule
 from ..ops.gates import decay_and_strength
 from .conv import CausalConv1d

@@ -19,7 +19,7 @@ from ..layers.gated_delta_net import CPGatedDeltaNet
 from ..layers.lm_head import IGNORE_INDEX, LMHead
 from ..layers.mlp import SwiGLU
 from ..layers.norm import RMSNorm
-from ..ops.fused import check_engine
+from ..ops.engines import check_engine
 from .flops import train_flops_per_token
 
 

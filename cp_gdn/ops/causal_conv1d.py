@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import boundary
 from ..context import CPContext
-from .fused import obstacle, use_kernels
+from .engines import obstacle, use_kernels
 
 _WIDTH, _MULTIPLE = 4, 4  # taps, and channels of a part, that the kernels take
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import boundary, comm
 from ..context import CPContext, build_cp_context, debug_enabled
 from . import chunked, hopper
+from .engines import use_kernels
 from .reference import l2_normalize
 from .sharded import documents, ends, sharded_backward, sharded_forward
 
@@ -238,19 +239,10 @@ def _check_values(
 
 
 def _pick_engine(engine: str, q: Tensor, v: Tensor) -> str:
-    if engine not in ("auto", "torch", "tilelang"):
-        raise ValueError(f"engine={engine!r} is unknown; choose torch, tilelang or auto")
-    if engine == "torch":
-        return "torch"
-    obstacle = hopper.obstacle(q, v)
-    if engine == "tilelang":
-        if obstacle is not None:
-            raise ValueError(
-                f'engine="tilelang" cannot take this call: {obstacle}; use engine="torch", or "auto", which picks it'
-            )
-        return "tilelang"
-    picked = "torch" if obstacle else "tilelang"
-    _announce(picked, q.device.type, obstacle)
+    obstacle = None if engine == "torch" else hopper.obstacle(q, v)
+    picked = "tilelang" if use_kernels(engine, obstacle) else "torch"
+    if engine == "auto":
+        _announce(picked, q.device.type, obstacle)
     return picked
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .chunked import compute_dtype
-from .fused import obstacle, use_kernels
+from .engines import obstacle, use_kernels
 
 _DIMS = (64, 128, 256)  # of the kernels
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .chunked import compute_dtype
-from .fused import obstacle, use_kernels
+from .engines import obstacle, use_kernels
 
 _MOST_HEADS = 256  # of the kernels
 

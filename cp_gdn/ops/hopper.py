@@ -6,7 +6,6 @@ imported at the first call that uses it.
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,30 +14,16 @@ from torch import Tensor
 
 from ..context import CPContext
 from ..scan import Summary
+from . import engines
 from .chunked import Gradients
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
-def _has_tilelang() -> bool:
-    return importlib.util.find_spec("tilelang") is not None
 
 
 def obstacle(q: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take this call, or None if they can."""
-    if not q.is_cuda or not _is_hopper(q.device):
-        return "it runs on Hopper GPUs (compute capability 9.0)"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bf16 and fp16, not {q.dtype}"
-    if q.shape[3] != 128 or v.shape[3] != 128:
+    reason = engines.obstacle(q)
+    if reason is None and (q.shape[3] != 128 or v.shape[3] != 128):
         return f"it takes K = V = 128, not K = {q.shape[3]}, V = {v.shape[3]}"
-    if not _has_tilelang():
-        return "TileLang is not installed (pip install 'cp-gdn[hopper]')"
-    return None
+    return reason
 
 
 class HopperRun:

@@ -1,7 +1,7 @@
-"""Which implementation the operators around the delta rule take: the layer's own kernels, or PyTorch.
+"""Which implementation an operator takes: the kernels of :mod:`cp_gdn.kernels`, or PyTorch.
 
-The kernels (:mod:`cp_gdn.kernels` conv, gates, norm) take 16-bit activations on Hopper; PyTorch
-takes everything, and is what they are tested against.
+The kernels take 16-bit activations on Hopper; PyTorch takes everything, and is what they are tested
+against.
 """
 
 import functools
