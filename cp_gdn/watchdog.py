@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from . import comm
@@ -40,6 +41,7 @@ class Watchdog:
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore("cp_gdn/watchdog", store)
         self._count = 0
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="cp_gdn watchdog", daemon=True)
 
@@ -56,6 +58,8 @@ class Watchdog:
         comm.operations.stop()
 
     def _watch(self) -> None:
+        if self._device is not None:  # or this thread would open a context on the first GPU
+            torch.cuda.set_device(self._device)
         while not self._over.wait(self._period):
             waiting = None
             try:
