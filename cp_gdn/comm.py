@@ -148,7 +148,8 @@ def swap(
     if not outgoing and not incoming:
         return
     group = context.group
-    what = f"to ranks {[p for p, _ in outgoing]}, from ranks {[p for p, _ in incoming]}"
+    targets, sources = sorted({p for p, _ in outgoing}), sorted({p for p, _ in incoming})
+    what = f"to ranks {targets}, from ranks {sources}"
     device = (outgoing or incoming)[0][1].device
     with meter.span(_nbytes(*(t for _, t in outgoing)), device, what):
         if isinstance(group, VirtualGroup):

@@ -53,7 +53,12 @@ def _with_a_lost_rank(rank, size, folder, exchange, way):
             "boundary states, ring (to ranks [], from ranks [1])",
             "no sign of life",
         ),
-        ("all_gather", "elsewhere", "boundary states, all_gather (all_gather)", "in no exchange"),
+        (
+            "all_gather",
+            "elsewhere",
+            "boundary states, all_gather (to ranks [], from ranks [0, 1])",
+            "in no exchange",
+        ),
         ("serial", "elsewhere", "boundary state (to ranks [], from ranks [1])", "in no exchange"),
     ],
 )
