@@ -216,7 +216,12 @@ def joined() -> Iterator[tuple[int, dist.ProcessGroup]]:
         raise ValueError(
             "this benchmark runs a process a GPU: torchrun --nproc-per-node 2 launch/bench.py op=cp"
         )
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= gpus:
+        raise ValueError(
+            f"process {local + 1} of this host has no GPU of its own: there are {gpus}"
+        )
+    torch.cuda.set_device(local)
     dist.init_process_group(
         "nccl",
         timeout=datetime.timedelta(seconds=60),

@@ -116,6 +116,8 @@ def plot(rows: list[dict[str, Any]], path: Any) -> None:
 
 def main(arguments: list[str]) -> None:
     options = parse(Options, arguments)
+    if not torch.cuda.is_available():
+        raise ValueError("no GPU here; the benchmark needs a Hopper GPU")
     path = ROOT / options.out
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

@@ -1,0 +1,77 @@
+"""The host side of the benchmarks of context parallelism: what they refuse, and how traces become pictures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    pytest.importorskip("tilelang", reason="tilelang is not installed")
+    monkeypatch.syspath_prepend(str(LAUNCH))
+    from benchmarks import cp, cp_timeline, scaling
+
+    return {"cp": cp, "timeline": cp_timeline, "scaling": scaling}
+
+
+def test_a_process_a_gpu_is_asked_for():
+    command = [sys.executable, str(LAUNCH / "bench.py"), "op=cp"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "torchrun --nproc-per-node 2" in run.stderr
+
+
+@pytest.mark.parametrize("name", ["cp", "timeline", "scaling"])
+def test_an_unknown_argument_is_refused(benchmarks, name):
+    with pytest.raises(Exception, match="tokenz"):
+        benchmarks["cp"].parse(benchmarks[name].Options, ["tokenz=3"])
+
+
+def _event(category, name, start, length, **args):
+    return {"cat": category, "name": name, "ts": start, "dur": length, "tid": 1, "args": args}
+
+
+def test_kernels_are_named_by_the_step_that_launched_them(benchmarks, tmp_path):
+    """An open kernel of 100 us; an NCCL kernel of 40 us, the first 30 of them beside the replay."""
+    trace = tmp_path / "trace.json"
+    events = [
+        _event("user_annotation", "open", 0, 10),
+        _event("user_annotation", "replay", 20, 10),
+        _event("cuda_runtime", "launch", 1, 1, correlation=1),
+        _event("cuda_runtime", "launch", 21, 1, correlation=2),
+        _event("cuda_runtime", "launch", 35, 1, correlation=3),
+        _event("kernel", "main_kernel", 50, 100, correlation=1, stream=7),
+        _event("kernel", "main_kernel", 150, 30, correlation=2, stream=7),
+        _event("kernel", "ncclDevKernel_SendRecv", 150, 40, correlation=3, stream=9),
+    ]
+    trace.write_text(json.dumps({"traceEvents": events}))
+    found = benchmarks["timeline"].spans(trace)
+    assert [(s["step"], s["us"]) for s in found] == [
+        ("open", 100),
+        ("replay", 30),
+        ("exchange", 40),
+    ]
+    assert benchmarks["timeline"].covered(found) == {"exchange_us": 40.0, "covered_us": 30.0}
+    benchmarks["timeline"].draw_picture([found, found], tmp_path / "timeline.png")
+    assert (tmp_path / "timeline.png").stat().st_size > 1000
+
+
+def test_the_plot_has_a_bar_a_measurement(benchmarks, tmp_path):
+    row = {
+        "what": "operator",
+        "T": 65536,
+        "Hk": 16,
+        "Hv": 32,
+        "gates": "slow",
+        "ratio_to_one_gpu": 0.5,
+    }
+    row |= {"one_gpu": {"both": {"ms": 6.0}}, "cp_ring": {"both": {"ms": 3.0}}}
+    text = benchmarks["cp"].describe(row)
+    assert "one_gpu 6.000" in text and "ratio_to_one_gpu 0.500" in text
+    benchmarks["cp"].plot([row, {**row, "what": "layer"}], tmp_path / "cp.png")
+    assert (tmp_path / "cp.png").stat().st_size > 1000
