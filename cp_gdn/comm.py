@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -42,7 +43,7 @@ class Operations:
     """What this rank has issued and not seen end, for the watchdog (watchdog.py); kept only while that runs."""
 
     def __init__(self) -> None:
-        self._purpose = ""
+        self._purpose: ContextVar[str] = ContextVar("purpose", default="")  # virtual ranks: threads
         self._open: deque[Operation] = deque()
         self._active = False
 
@@ -56,11 +57,11 @@ class Operations:
     @contextmanager
     def named(self, purpose: str) -> Iterator[None]:
         """Operations issued within serve this purpose, or the one that was named before."""
-        before, self._purpose = self._purpose, self._purpose or purpose
+        before = self._purpose.set(self._purpose.get() or purpose)
         try:
             yield
         finally:
-            self._purpose = before
+            self._purpose.reset(before)
 
     @contextmanager
     def issue(self, what: str, done: torch.cuda.Event | None) -> Iterator[None]:
@@ -68,7 +69,8 @@ class Operations:
         if not self._active:
             yield
             return
-        name = f"{self._purpose} ({what})" if self._purpose else what
+        purpose = self._purpose.get()
+        name = f"{purpose} ({what})" if purpose else what
         operation = Operation(name, time.monotonic(), done)
         self._open.append(operation)
         yield

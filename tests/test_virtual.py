@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from cp_gdn import CPGatedDeltaNet, boundary, build_cp_context, chunk_gated_delta_rule
+from cp_gdn import CPGatedDeltaNet, boundary, build_cp_context, chunk_gated_delta_rule, comm
 from cp_gdn.ops.reference import recurrent_gated_delta_rule
 from cp_gdn.virtual import run_virtual_ranks
 
@@ -88,6 +88,23 @@ def test_a_layer_with_its_halo_on_more_ranks_than_it_has_tokens_a_filter():
     alone = run_virtual_ranks(1, _layer, x)[0]
     for got in run_virtual_ranks(16, _layer, x):
         torch.testing.assert_close(got, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_ranks_do_not_name_one_another_s_operations():
+    def named(group):
+        with comm.operations.named(f"step of rank {group.rank}"):
+            group.share(0, "a meeting")
+            with comm.operations.issue("message", None):
+                seen = comm.operations.oldest().name
+        return seen
+
+    comm.operations.start()
+    try:
+        assert run_virtual_ranks(3, named) == [f"step of rank {r} (message)" for r in range(3)]
+        with comm.operations.issue("message", None):
+            assert comm.operations.oldest().name == "message"
+    finally:
+        comm.operations.stop()
 
 
 def test_a_rank_that_raises_ends_the_others_and_is_the_one_reported():
