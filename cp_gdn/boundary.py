@@ -12,6 +12,7 @@ The exchanges differ only in who evaluates this chain: neighbours (ring), the ow
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,15 +37,10 @@ class Transitions:
 
 def start_exchange_states(
     summary: Summary, context: "CPContext"
-) -> "Pending[tuple[Tensor | None, Transitions]]":
+) -> Pending[tuple[Tensor | None, Transitions]]:
     """:func:`exchange_states`, while the current stream goes on."""
-
-    def exchange() -> tuple[Tensor | None, Transitions]:
-        with operations.named(f"boundary states, {context.exchange}"):
-            return exchange_states(summary, context)
-
     device = summary.S.device
-    return Pending(exchange, device, summary, mark(device))
+    return Pending(partial(exchange_states, summary, context), device, summary, mark(device))
 
 
 def start_exchange_gradients(
@@ -52,15 +48,10 @@ def start_exchange_gradients(
     transitions: Transitions,
     context: "CPContext",
     ready: torch.cuda.Event | None,
-) -> "Pending[Tensor | None]":
+) -> Pending[Tensor | None]:
     """:func:`exchange_gradients` of a dS that was there at ``ready`` (comm.mark), beside what the current stream
     does since then and next."""
-
-    def exchange() -> Tensor | None:
-        with operations.named(f"gradients of boundary states, {context.exchange}"):
-            return exchange_gradients(dS, transitions, context)
-
-    return Pending(exchange, dS.device, dS, ready)
+    return Pending(partial(exchange_gradients, dS, transitions, context), dS.device, dS, ready)
 
 
 def exchange_states(summary: Summary, context: "CPContext") -> tuple[Tensor | None, Transitions]:
@@ -68,19 +59,21 @@ def exchange_states(summary: Summary, context: "CPContext") -> tuple[Tensor | No
 
     ``summary.M`` [B, Hv, K, K] is needed on through ranks only. The second result serves :func:`exchange_gradients`.
     """
-    if context.exchange == "ring":
-        return _ring(summary, context, reverse=False), Transitions(own=summary.M)
-    run = _all_to_all if context.exchange == "all_to_all" else _all_gather
-    S_in, transitions = run(summary, None, context, reverse=False)
-    return S_in, Transitions(by_rank=transitions)
+    with operations.named(f"boundary states, {context.exchange}"):
+        if context.exchange == "ring":
+            return _ring(summary, context, reverse=False), Transitions(own=summary.M)
+        run = _all_to_all if context.exchange == "all_to_all" else _all_gather
+        S_in, transitions = run(summary, None, context, reverse=False)
+        return S_in, Transitions(by_rank=transitions)
 
 
 def exchange_gradients(dS: Tensor, transitions: Transitions, context: "CPContext") -> Tensor | None:
     """Gradient that enters this rank's last state from its successor; the forward's M serve again, transposed."""
-    if context.exchange == "ring":
-        return _ring(Summary(transpose(transitions.own), dS), context, reverse=True)
-    run = _all_to_all if context.exchange == "all_to_all" else _all_gather
-    return run(Summary(None, dS), transpose(transitions.by_rank), context, reverse=True)[0]
+    with operations.named(f"gradients of boundary states, {context.exchange}"):
+        if context.exchange == "ring":
+            return _ring(Summary(transpose(transitions.own), dS), context, reverse=True)
+        run = _all_to_all if context.exchange == "all_to_all" else _all_gather
+        return run(Summary(None, dS), transpose(transitions.by_rank), context, reverse=True)[0]
 
 
 def receive_state(like: Tensor, context: "CPContext", *, reverse: bool = False) -> Tensor | None:

@@ -163,7 +163,7 @@ def swap(
             request.wait()
 
 
-def gather_flat(every: Tensor, mine: Tensor, group: Group | None) -> None:
+def _gather_flat(every: Tensor, mine: Tensor, group: Group | None) -> None:
     """[n, ...] of every rank into [P * n, ...]."""
     with meter.span(_nbytes(mine), mine.device, "all_gather"):
         if isinstance(group, VirtualGroup):
@@ -172,7 +172,7 @@ def gather_flat(every: Tensor, mine: Tensor, group: Group | None) -> None:
             _all_gather_flat(every, mine, group=group)
 
 
-def scatter_rows(
+def _scatter_rows(
     out: Tensor, given: Tensor, out_counts: list[int], in_counts: list[int], group: Group | None
 ) -> None:
     """Rows of ``given``, ``in_counts`` for each rank; into ``out`` what they have for this one, ``out_counts`` each."""
@@ -241,7 +241,7 @@ def gather_rows(x: Tensor, context: "CPContext") -> Tensor:
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: x.shape[0]] = x
     every = x.new_empty(context.size * longest, *x.shape[1:])
-    gather_flat(every, padded, context.group)
+    _gather_flat(every, padded, context.group)
     if min(sizes) == longest:
         return every
     return torch.cat([every[r * longest : r * longest + n] for r, n in enumerate(sizes)])
@@ -252,7 +252,7 @@ def sum_rows(x: Tensor, context: "CPContext") -> Tensor:
     mine = context.num_tokens
     parts = x.new_empty(context.size * mine, *x.shape[1:])
     sizes = list(context.shard_sizes)
-    scatter_rows(parts, x.contiguous(), [mine] * context.size, sizes, context.group)
+    _scatter_rows(parts, x.contiguous(), [mine] * context.size, sizes, context.group)
     wide = torch.float32 if x.element_size() == 2 else x.dtype
     return parts.view(context.size, mine, *x.shape[1:]).sum(0, dtype=wide).to(x.dtype)
 

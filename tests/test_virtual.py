@@ -5,36 +5,19 @@ import threading
 import pytest
 import torch
 
-from cp_gdn import CPGatedDeltaNet, boundary, build_cp_context, chunk_gated_delta_rule, comm
+from cp_gdn import CPGatedDeltaNet, boundary, build_cp_context, comm
 from cp_gdn.ops.reference import recurrent_gated_delta_rule
 from cp_gdn.virtual import run_virtual_ranks
 
 from .cases import assert_close, make_case, outputs_and_gradients
+from .ops.cp_runs import run_in
 
 EXCHANGES = ["ring", "all_to_all", "all_gather", "serial"]
 SPANNING = [0, 3, 200, 201, 470, 512]  # documents over several ranks, one of a token, one at an end
 
 
-def sharded(group, case, cu_seqlens, sizes, exchange):
-    context = build_cp_context(
-        group,
-        seq_len=case.do.shape[1],
-        cu_seqlens=cu_seqlens,
-        shard_sizes=sizes,
-        exchange=exchange,
-    )
-    inputs = [x.clone().requires_grad_() for x in case.inputs]
-    o, final = chunk_gated_delta_rule(
-        *(context.shard(x) for x in inputs[:5]),
-        initial_state=inputs[5],
-        output_final_state=True,
-        cp_context=context,
-    )
-    loss = (o * context.shard(case.do)).sum() + (final * case.dfinal).sum() * (group.rank == 0)
-    grads = torch.autograd.grad(loss, inputs)
-    for grad in grads:
-        group.all_reduce(grad)
-    return [x.detach() for x in (context.gather(o), final, *grads)]
+def sharded(group, *arguments):
+    return run_in(group, group.rank, group.all_reduce, *arguments)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

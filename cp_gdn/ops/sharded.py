@@ -21,20 +21,28 @@ Run = chunked.TorchRun | hopper.HopperRun
 
 
 class Ends(NamedTuple):
-    """Local sequences that a cut may part, and how many leading and trailing ones a document does cross."""
+    """Of the local sequences ``each`` may be parted at either cut; documents do cross ``left`` and ``right``."""
 
-    entering: slice
-    leaving: slice
+    sequences: int
+    each: int
     left: int
     right: int
+
+    @property
+    def entering(self) -> slice:
+        return slice(0, self.each)
+
+    @property
+    def leaving(self) -> slice:
+        return slice(self.sequences - self.each, self.sequences)
 
 
 def ends(context: CPContext, num_sequences: int) -> Ends:
     """All rows, or the first and the last piece."""
     each = num_sequences if len(context.pieces) == 1 else 1
     return Ends(
-        slice(0, each),
-        slice(num_sequences - each, num_sequences),
+        num_sequences,
+        each,
         each if context.crosses_left else 0,
         each if context.crosses_right else 0,
     )
@@ -52,7 +60,7 @@ def sharded_forward(
         h0 = initial_state[documents(context, count)].clone()
         h0[: cuts.left] = 0
     if context.exchange == "serial":
-        S_in = boundary.receive_state(run.some_states(cuts.entering.stop), context)
+        S_in = boundary.receive_state(run.some_states(cuts.each), context)
         h0 = _with(h0, cuts.entering, S_in, run)
         run.open(h0, 0, 0)
         o, states = run.close(None, final=True)
@@ -65,7 +73,7 @@ def sharded_forward(
             if cuts.right:
                 summary = run.leaving(transition=context.through(context.rank))
             else:
-                summary = Summary(None, run.some_states(cuts.leaving.stop - cuts.leaving.start))
+                summary = Summary(None, run.some_states(cuts.each))
             pending = boundary.start_exchange_states(summary, context)
         S_in = pending.wait()[0] if pending and cuts.left else None
         o, states = run.close(S_in, final=output_final_state)
@@ -101,9 +109,7 @@ def sharded_backward(
         dht[count - cuts.right :] = 0
 
     if context.exchange == "serial":
-        dS_in = boundary.receive_state(
-            run.some_states(cuts.leaving.stop - cuts.leaving.start), context, reverse=True
-        )
+        dS_in = boundary.receive_state(run.some_states(cuts.each), context, reverse=True)
         dht = _with(dht, cuts.leaving, dS_in, run)
         run.open_backward(h0, do, dht, 0, 0)
         out = run.close_backward(None)
@@ -112,7 +118,7 @@ def sharded_backward(
     run.open_backward(h0, do, dht, cuts.left, cuts.right)
     pending = None
     if context.any_crossing:
-        dS = run.entering() if cuts.left else run.some_states(cuts.entering.stop)
+        dS = run.entering() if cuts.left else run.some_states(cuts.each)
         ready = comm.mark(dS.device)
         run.replay()  # launched first: the device works while the host prepares the messages
         pending = boundary.start_exchange_gradients(dS, transitions, context, ready)

@@ -13,19 +13,17 @@ docs/results/cp-2xh200.json and .png. Arguments:
 """
 
 import datetime
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from cp_gdn import boundary, build_cp_context, chunk_gated_delta_rule, comm
@@ -34,10 +32,8 @@ from .cp_layers import measure_layer, measure_model
 from .cp_peers import PEERS, flash_qla_alone
 from .cp_timing import slowest, time_calls
 from .inputs import draw
-from .timing import environment
+from .timing import parse, results_path, write
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-Parsed = TypeVar("Parsed")
 NAMES = ("o", "dq", "dk", "dv", "dg", "dbeta")
 
 
@@ -203,12 +199,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def parse(options: type[Parsed], arguments: list[str]) -> Parsed:
-    """The dataclass with ``name=value`` arguments put in; an unknown name is an error."""
-    merged = OmegaConf.merge(OmegaConf.structured(options), OmegaConf.from_dotlist(arguments))
-    return cast(Parsed, OmegaConf.to_object(merged))
-
-
 @contextmanager
 def joined() -> Iterator[tuple[int, dist.ProcessGroup]]:
     """This rank and the group of all processes that torchrun started."""
@@ -235,9 +225,8 @@ def joined() -> Iterator[tuple[int, dist.ProcessGroup]]:
 
 
 def main(arguments: list[str]) -> None:
-    options = parse(Options, arguments)
-    path = ROOT / options.out
-    path.parent.mkdir(parents=True, exist_ok=True)
+    options = parse(Options(), arguments)
+    path = results_path(options.out)
     rows: list[dict[str, Any]] = []
     with joined() as (rank, group):
         work = [
@@ -254,8 +243,6 @@ def main(arguments: list[str]) -> None:
             torch.cuda.empty_cache()
             if rank == 0:
                 print(describe(rows[-1]), rows[-1].get("errors", ""), flush=True)
-                about = {**environment(), "gpus": dist.get_world_size()}
-                result = {"environment": about, "options": asdict(options), "rows": rows}
-                path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+                write(path, options, rows, gpus=dist.get_world_size())
         if rank == 0:
             plot(rows, path.with_suffix(".png"))

@@ -20,8 +20,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from cp_gdn import boundary, build_cp_context
 from cp_gdn.ops.hopper import HopperRun
 
-from .cp import ROOT, joined, ours, parse, passes
+from .cp import joined, ours, passes
 from .inputs import draw
+from .timing import parse, results_path
 
 STEPS = ("open", "leaving", "close", "open_backward", "entering", "replay", "close_backward")
 COLOURS = {
@@ -129,7 +130,7 @@ def draw_picture(ranks: list[list[dict[str, Any]]], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    options = parse(Options, arguments)
+    options = parse(Options(), arguments)
     with joined() as (rank, group):
         T, key_heads, value_heads = options.shape
         context = build_cp_context(group, seq_len=T, exchange=options.exchange)
@@ -154,8 +155,7 @@ def main(arguments: list[str]) -> None:
         every: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(every, third, group=group)
         if rank == 0:
-            path = ROOT / options.out
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = results_path(options.out)
             draw_picture(every, path.with_suffix(".png"))
             numbers = [covered(spans_of_rank) for spans_of_rank in every]
             path.with_suffix(".json").write_text(

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cp_gdn import comm
+
 
 def slowest(value: float, group: dist.ProcessGroup) -> float:
     worst = torch.tensor([value], device="cuda", dtype=torch.float64)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
-    return worst.item()
+    return comm.all_reduce_max(worst, group).item()
 
 
 def time_calls(
@@ -32,6 +33,5 @@ def time_calls(
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop))
     worst = torch.tensor(times, device="cuda", dtype=torch.float64)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
-    low, middle, high = statistics.quantiles(worst.tolist(), n=4)
+    low, middle, high = statistics.quantiles(comm.all_reduce_max(worst, group).tolist(), n=4)
     return {"ms": middle, "spread": high - low}

@@ -10,27 +10,23 @@ Hopper GPU. Arguments, all optional:
 """
 
 import contextlib
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from cp_gdn import CPGatedDeltaNet, build_cp_context
 from cp_gdn.ops import causal_conv1d, gated_rms_norm, gates
 
-ROOT = Path(__file__).resolve().parents[2]
+from .timing import need_gpu, parse, peak, results_path, write
+
 EPS = 1e-6
 
 
@@ -187,10 +183,7 @@ def measure_layer(options: Options) -> dict[str, Any]:
         with eager_surroundings() if kind == "eager" else contextlib.nullcontext():
             row[f"{kind}_forward_ms"] = time_graph(forward, options.replays)
             row[f"{kind}_step_ms"] = time_graph(step, options.replays)
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step()
-            row[f"{kind}_peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+            row[f"{kind}_peak_gib"] = peak(step)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -202,21 +195,14 @@ def measure_layer(options: Options) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments))
-    options = OmegaConf.to_object(merged)
-    assert isinstance(options, Options)
-    if not torch.cuda.is_available():
-        raise ValueError("no GPU here; the benchmark needs a Hopper GPU")
-    path = (ROOT / options.out).with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    options = parse(Options(), arguments)
+    need_gpu()
+    path = results_path(options.out)
     rows: list[dict[str, Any]] = []
 
     def report(row: dict[str, Any]) -> None:
         rows.append(row)
-        environment = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
-        environment |= {name: version(name) for name in ("torch", "tilelang")}
-        result = {"environment": environment, "options": asdict(options), "rows": rows}
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write(path, options, rows)
         times = (f"{k[:-3]} {v:.3f}" for k, v in row.items() if k.endswith("_ms") and k[0] != "k")
         print(f"{row['part']:8s} ms: {', '.join(times)}", flush=True)
 
@@ -227,7 +213,3 @@ def main(arguments: list[str]) -> None:
         for name, runs, inputs, reads, more in parts(options):
             report(measure_part(name, runs, inputs, reads, more, options.replays))
             torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -12,9 +12,8 @@ Predictions, not measurements of P GPUs; docs/results/scaling-predicted.json say
     latency_us=30 gigabytes_per_s=150     of the link; defaults: measured between two H200s through NCCL
 """
 
-import json
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from tqdm import tqdm
 from cp_gdn import build_cp_context
 from cp_gdn.virtual import VirtualGroup, run_virtual_ranks
 
-from .cp import ROOT, ours, parse, passes
+from .cp import ours, passes
 from .inputs import draw
-from .timing import environment
+from .timing import need_gpu, parse, results_path, write
 
 
 @dataclass
@@ -115,11 +114,9 @@ def plot(rows: list[dict[str, Any]], path: Any) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    options = parse(Options, arguments)
-    if not torch.cuda.is_available():
-        raise ValueError("no GPU here; the benchmark needs a Hopper GPU")
-    path = ROOT / options.out
-    path.parent.mkdir(parents=True, exist_ok=True)
+    options = parse(Options(), arguments)
+    need_gpu()
+    path = results_path(options.out)
     rows: list[dict[str, Any]] = []
     work = [(T, h, g) for T in options.tokens for h in options.heads for g in options.gates]
     for T, heads, gates in tqdm(work, unit="series"):
@@ -130,6 +127,5 @@ def main(arguments: list[str]) -> None:
                 f"{row['slowest_rank_ms']:.3f} ms, predicted {row['predicted_ms']:.3f}, "
                 f"efficiency {row['efficiency_against_1']:.2f}"
             )
-        result = {"environment": environment(), "options": asdict(options), "rows": rows}
-        path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        write(path, options, rows)
     plot(rows, path.with_suffix(".png"))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -17,6 +17,7 @@ from .inputs import draw, lengths
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCALE = 128**-0.5
+Parsed = TypeVar("Parsed")
 TFLOPS, TERABYTES = 790.0, 4.3  # measured ceilings of an H200: bf16 products, copies
 
 
@@ -180,26 +181,45 @@ def plot(rows: list[dict[str, Any]], path: Path, what: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def run(arguments: list[str], defaults: Options, measure: Callable[[Case], dict[str, Any]]) -> None:
-    """Measure every row of the options, print a table, write the .json and the plot."""
+def parse(defaults: Parsed, arguments: list[str]) -> Parsed:
+    """The dataclass with ``name=value`` arguments put in; an unknown name is an error."""
     merged = OmegaConf.merge(OmegaConf.structured(defaults), OmegaConf.from_dotlist(arguments))
-    options = OmegaConf.to_object(merged)
-    assert isinstance(options, Options)
+    return cast(Parsed, OmegaConf.to_object(merged))
+
+
+def need_gpu() -> None:
     if not torch.cuda.is_available():
         raise ValueError("no GPU here; the benchmark needs a Hopper GPU")
+
+
+def results_path(out: str) -> Path:
+    """Where results go, without the suffix; its folder is made."""
+    path = ROOT / out
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write(path: Path, options: Any, rows: list[dict[str, Any]], **about: Any) -> None:
+    """<path>.json: where and with what it was measured, and the rows so far."""
+    result = {"environment": {**environment(), **about}, "options": asdict(options), "rows": rows}
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run(arguments: list[str], defaults: Options, measure: Callable[[Case], dict[str, Any]]) -> None:
+    """Measure every row of the options, print a table, write the .json and the plot."""
+    options = parse(defaults, arguments)
+    need_gpu()
     work = [Case(shape, 1, gates, options) for shape in options.shapes for gates in options.gates]
     work += [
         Case(shape, n, options.gates[0], options) for shape in options.packed for n in (8, -32)
     ]
     rows: list[dict[str, Any]] = []
-    path = ROOT / options.out
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = results_path(options.out)
     for case in tqdm(work, unit="shape"):
         row = measure(case)
         rows.append(row)
         torch.cuda.empty_cache()
-        result = {"environment": environment(), "options": asdict(options), "rows": rows}
-        path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        write(path, options, rows)
         times = " ".join(f"{name} {row[f'{name}_ms']:.3f}" for name in timed(row))
         tqdm.write(f"{label(row):32s} {times} ratio {row.get('ratio_to_flash_qla', 0):.2f}")
     plot(rows, path.with_suffix(".png"), options.op)

@@ -11,24 +11,7 @@ import torch
 
 from .reference import Inputs, draw, error, recurrent
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    pytest.importorskip("tilelang")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
-    from cp_gdn.kernels import forward
-
-    return forward
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 
 def pieces(x: Inputs, start: int, stop: int) -> tuple[list[int], list[int], int, int]:

@@ -14,9 +14,9 @@ LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 def benchmarks(monkeypatch):
     pytest.importorskip("tilelang", reason="tilelang is not installed")
     monkeypatch.syspath_prepend(str(LAUNCH))
-    from benchmarks import cp, cp_timeline, scaling
+    from benchmarks import cp, cp_timeline, scaling, timing
 
-    return {"cp": cp, "timeline": cp_timeline, "scaling": scaling}
+    return {"cp": cp, "timeline": cp_timeline, "scaling": scaling, "timing": timing}
 
 
 def test_a_process_a_gpu_is_asked_for():
@@ -29,7 +29,7 @@ def test_a_process_a_gpu_is_asked_for():
 @pytest.mark.parametrize("name", ["cp", "timeline", "scaling"])
 def test_an_unknown_argument_is_refused(benchmarks, name):
     with pytest.raises(Exception, match="tokenz"):
-        benchmarks["cp"].parse(benchmarks[name].Options, ["tokenz=3"])
+        benchmarks["timing"].parse(benchmarks[name].Options(), ["tokenz=3"])
 
 
 def _event(category, name, start, length, **args):

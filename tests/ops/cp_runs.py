@@ -1,5 +1,8 @@
 """The operator under context parallelism, its outputs and gradients put together as one rank would see them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,18 +12,19 @@ from cp_gdn import build_cp_context, chunk_gated_delta_rule
 from ..cases import Case
 
 
-def run_sharded(
+def run_in(
+    group: Any,
     rank: int,
-    size: int,
+    add: Callable[[Tensor], Any],
     case: Case,
     cu_seqlens: list[int] | None,
     shard_sizes: list[int] | None,
     exchange: str,
     device: str = "cpu",
 ) -> list[Tensor]:
-    """In one rank: [o, final_state, gradients...] of the whole sequence, gradients summed over the ranks."""
+    """In one rank of a group: [o, final_state, gradients...] of the whole sequence; ``add`` sums gradients over it."""
     context = build_cp_context(
-        dist.group.WORLD,
+        group,
         seq_len=case.do.shape[1],
         cu_seqlens=cu_seqlens,
         shard_sizes=shard_sizes,
@@ -39,5 +43,10 @@ def run_sharded(
     loss = loss + (final * dfinal).sum() * (rank == 0)
     grads = torch.autograd.grad(loss, inputs)
     for grad in grads:
-        dist.all_reduce(grad)
+        add(grad)
     return [x.detach().cpu() for x in (context.gather(o), final, *grads)]
+
+
+def run_sharded(rank: int, size: int, *arguments: Any) -> list[Tensor]:
+    """:func:`run_in` a rank of the default process group."""
+    return run_in(dist.group.WORLD, rank, dist.all_reduce, *arguments)
