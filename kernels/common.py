@@ -98,6 +98,14 @@ __device__ __forceinline__ void near_chunks(const float* last, long stride, int 
 __device__ __forceinline__ void wait_named(int barrier) {
   asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }
+// Two warpgroups issue products in turn: the other one computes on registers meanwhile. The second
+// one passes before its first wait, and does not pass after its last one.
+__device__ __forceinline__ void wait_turn(int group) {
+  asm volatile("bar.sync %0, 256;" ::"r"(5 + group) : "memory");
+}
+__device__ __forceinline__ void pass_turn(int group) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(6 - group) : "memory");
+}
 }  // namespace gdn
 #endif
 """

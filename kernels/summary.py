@@ -39,12 +39,22 @@ LOG2_NEGLIGIBLE = -24.0  # log2 of the decay below which a state is dropped: exp
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
-def summary(*, dtype="bfloat16", normalize=False, stages=4):
+def summary(*, dtype="bfloat16", normalize=False, stages=4, turns=True):
     C, K, V = CHUNK, 128, 128
     f32, i32 = "float32", "int32"
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     N0, NR = T.dynamic("N0"), T.dynamic("NR")
+
+    @T.macro
+    def wait_turn(tx):
+        if turns:
+            T.call_extern("handle", "gdn::wait_turn", tx // 128)
+
+    @T.macro
+    def pass_turn(tx):
+        if turns:
+            T.call_extern("handle", "gdn::pass_turn", tx // 128)
 
     @T.prim_func
     def main(
@@ -73,6 +83,7 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
             gs = T.alloc_shared((stages, C), f32)
             ein = T.alloc_shared((stages, C), f32)
             eout = T.alloc_shared((stages, C), f32)
+            es = T.alloc_shared((stages,), f32)
             if normalize:
                 rs = T.alloc_shared((stages, C), f32)
             S = T.alloc_fragment((128, K), f32)
@@ -140,13 +151,18 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                     if has_initial != 0 and begins and first == 0:
                         for x, y in T.Parallel(128, K):
                             S[x, y] = initial[at[DOC], h, y, x]
+                if n[0] > 0:
+                    T.mbarrier_wait_parity(scaled[0], 0)
+                    if turns:
+                        if tx >= 128:
+                            T.call_extern("handle", "gdn::pass_turn", 1)
                 for c in T.serial(n[0]):
                     s = c % stages
-                    T.mbarrier_wait_parity(full[s], (c // stages) % 2)
-                    gamma = T.exp2(gs[s, C - 1])
+                    gamma = es[s]
                     T.copy(S, Sb)
                     for x, y in T.Parallel(128, K):
                         S[x, y] *= gamma
+                    wait_turn(tx)
                     T.wgmma_gemm(
                         Sb,
                         ks[s, :, :],
@@ -155,6 +171,7 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
+                    pass_turn(tx)
                     for x in T.unroll(4):
                         T.call_extern(
                             "handle",
@@ -170,14 +187,12 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                                 Vb[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"
                             ),
                         )
-                    T.mbarrier_wait_parity(scaled[s], (c // stages) % 2)
                     for x, y in T.Parallel(128, C):
                         E[x, y] = ein[s, y]
-                    for x, y in T.Parallel(128, C):
-                        F[x, y] = eout[s, y]
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(128, C):
                         Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
+                    wait_turn(tx)
                     T.wgmma_gemm(
                         Ub,
                         as_[s, :, :],
@@ -186,10 +201,19 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
+                    pass_turn(tx)
+                    for x, y in T.Parallel(128, C):
+                        F[x, y] = eout[s, y]
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(128, C):
                         Wd[x, y] = W[x, y] * F[x, y]
+                    wait_turn(tx)
                     T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                    if turns:
+                        if c + 1 < n[0] or tx < 128:
+                            T.call_extern("handle", "gdn::pass_turn", tx // 128)
+                    if c + 1 < n[0]:
+                        T.mbarrier_wait_parity(scaled[(c + 1) % stages], ((c + 1) // stages) % 2)
                     T.wait_wgmma(0)
                     T.mbarrier_arrive(empty[s])
                 if kind == 0:
@@ -232,6 +256,8 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                             s = c % stages
                             T.mbarrier_wait_parity(full[s], (c // stages) % 2)
                             G = gs[s, t]
+                            if t == C - 1:
+                                es[s] = T.exp2(G)
                             if normalize:
                                 ein[s, t] = T.exp2(G) * rs[s, t]
                                 eout[s, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
