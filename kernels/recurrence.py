@@ -41,10 +41,12 @@ from .common import (
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
-def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, stages=3, turns=True):
+def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, stages=3):
     C, K, HALF = CHUNK, 128, 64
-    turns = turns and halves == 2
-    ahead = halves == 1  # registers for it
+    turns = halves == 2
+    ahead = halves == 1  # there are registers for it
+    at_once = ahead or not normalize
+    registers = (208, 72) if halves == 2 else (240, 120)
     BV = HALF * halves
     tiles = value_dim // BV
     workers = 128 * halves
@@ -132,7 +134,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
             es = T.alloc_shared((2,), f32)
             if normalize:
                 rs = T.alloc_shared((stages, C), f32)
-                rq = T.alloc_shared((C,), f32)
+                rq = T.alloc_shared((2, C), f32)
                 square = T.alloc_local((1,), f32)
 
             S = T.alloc_fragment((BV, K), f32)
@@ -174,7 +176,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
             row = at[ROW]
 
             if tx < workers:
-                T.set_max_nreg(208 if halves == 2 else 240, 1)
+                T.set_max_nreg(registers[0], 1)
                 T.clear(S)
                 if at[PART] == 0:
                     if at[DOC] < open_left:
@@ -194,7 +196,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                 for c in T.serial(n):
                     s = c % stages
                     b = c % 2
-                    decay = es[b]
+                    decay = T.exp2(gs[s, C - 1]) if normalize else es[b]
                     T.copy(S, Sb)
                     for x, y in T.Parallel(BV, K):
                         S[x, y] *= decay
@@ -313,15 +315,16 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                             final[at[DOC], h, y, tile * BV + x] = S[x, y]
             else:
                 if tx < movers:
-                    T.set_max_nreg(72 if halves == 2 else 120, 0)
+                    T.set_max_nreg(registers[1], 0)
                     t = tx - workers
                     for c in T.serial(n):
                         s = c % stages
                         b = c % 2
                         T.mbarrier_wait_parity(full[s], (c // stages) % 2)
-                        T.wgmma_gemm(
-                            qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                        )
+                        if at_once:
+                            T.wgmma_gemm(
+                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                            )
                         if normalize:
                             square[0] = T.call_extern(
                                 f32,
@@ -330,14 +333,14 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                                 dtype == "float16",
                             )
                             square[0] += T.shfl_xor(square[0], 1)
-                            rq[t // 2] = scale * T.rsqrt(square[0] + 1e-6)
+                            rq[b, t // 2] = scale * T.rsqrt(square[0] + 1e-6)
                             T.call_extern("handle", "gdn::wait_named", 3)
                         if ahead:  # while the product runs
                             for x, y in T.Parallel(C, C):
                                 D[x, y] = T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
                             if normalize:
                                 for x, y in T.Parallel(C, C):
-                                    D[x, y] *= rq[x] * rs[s, y]
+                                    D[x, y] *= rq[b, x] * rs[s, y]
                             else:
                                 for x, y in T.Parallel(C, C):
                                     D[x, y] *= scale
@@ -346,16 +349,20 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                         T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
                         if t < C:
                             G = gs[s, t]
-                            if t == C - 1:
-                                es[b] = T.exp2(G)
                             if normalize:
                                 ein[b, t] = T.exp2(G) * rs[s, t]
                                 eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
-                                eq[b, t] = T.exp2(G) * rq[t]
+                                eq[b, t] = T.exp2(G) * rq[b, t]
                             else:
+                                if t == C - 1:
+                                    es[b] = T.exp2(G)
                                 ein[b, t] = T.exp2(G)
                                 eout[b, t] = T.exp2(gs[s, C - 1] - G)
                                 eq[b, t] = T.exp2(G) * scale
+                        if not at_once:
+                            T.wgmma_gemm(
+                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                            )
                         T.wait_wgmma(0)
                         if ahead:
                             for x, y in T.Parallel(C, C):
@@ -366,7 +373,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                                 P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
                             if normalize:
                                 for x, y in T.Parallel(C, C):
-                                    P[x, y] *= rq[x] * rs[s, y]
+                                    P[x, y] *= rq[b, x] * rs[s, y]
                             else:
                                 for x, y in T.Parallel(C, C):
                                     P[x, y] *= scale

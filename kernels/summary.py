@@ -39,22 +39,12 @@ LOG2_NEGLIGIBLE = -24.0  # log2 of the decay below which a state is dropped: exp
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
-def summary(*, dtype="bfloat16", normalize=False, stages=4, turns=True):
+def summary(*, dtype="bfloat16", normalize=False, stages=4):
     C, K, V = CHUNK, 128, 128
     f32, i32 = "float32", "int32"
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     N0, NR = T.dynamic("N0"), T.dynamic("NR")
-
-    @T.macro
-    def wait_turn(tx):
-        if turns:
-            T.call_extern("handle", "gdn::wait_turn", tx // 128)
-
-    @T.macro
-    def pass_turn(tx):
-        if turns:
-            T.call_extern("handle", "gdn::pass_turn", tx // 128)
 
     @T.prim_func
     def main(
@@ -105,10 +95,12 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4, turns=True):
 
             at = T.alloc_local((7,), i32)
             find_segment(cu, slot, segment, N1 - 1, bits, at)
+            begins = at[PART] == 0 and at[DOC] >= open_left
+            ends = at[PART] >= at[LAST] and at[DOC] < N1 - 1 - open_right
             near = T.alloc_local((2,), i32)  # chunks that matter, and whether the state before does
             near[0] = at[COUNT]
             near[1] = 1
-            if truncate != 0 and at[COUNT] > 0:
+            if truncate != 0 and at[COUNT] > 0 and not ends:
                 T.call_extern(
                     "handle",
                     "gdn::near_chunks",
@@ -119,8 +111,6 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4, turns=True):
                     T.access_ptr(near[0], "w"),
                 )
             first = at[COUNT] - near[0]
-            begins = at[PART] == 0 and at[DOC] >= open_left
-            ends = at[PART] >= at[LAST] and at[DOC] < N1 - 1 - open_right
             n = T.alloc_local((1,), i32)
             n[0] = near[0]
             if begins or ends:
@@ -153,16 +143,12 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4, turns=True):
                             S[x, y] = initial[at[DOC], h, y, x]
                 if n[0] > 0:
                     T.mbarrier_wait_parity(scaled[0], 0)
-                    if turns:
-                        if tx >= 128:
-                            T.call_extern("handle", "gdn::pass_turn", 1)
                 for c in T.serial(n[0]):
                     s = c % stages
                     gamma = es[s]
                     T.copy(S, Sb)
                     for x, y in T.Parallel(128, K):
                         S[x, y] *= gamma
-                    wait_turn(tx)
                     T.wgmma_gemm(
                         Sb,
                         ks[s, :, :],
@@ -171,7 +157,6 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4, turns=True):
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
-                    pass_turn(tx)
                     for x in T.unroll(4):
                         T.call_extern(
                             "handle",
@@ -192,7 +177,6 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4, turns=True):
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(128, C):
                         Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
-                    wait_turn(tx)
                     T.wgmma_gemm(
                         Ub,
                         as_[s, :, :],
@@ -201,17 +185,12 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4, turns=True):
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
-                    pass_turn(tx)
                     for x, y in T.Parallel(128, C):
                         F[x, y] = eout[s, y]
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(128, C):
                         Wd[x, y] = W[x, y] * F[x, y]
-                    wait_turn(tx)
                     T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
-                    if turns:
-                        if c + 1 < n[0] or tx < 128:
-                            T.call_extern("handle", "gdn::pass_turn", tx // 128)
                     if c + 1 < n[0]:
                         T.mbarrier_wait_parity(scaled[(c + 1) % stages], ((c + 1) // stages) % 2)
                     T.wait_wgmma(0)
