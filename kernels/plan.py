@@ -21,7 +21,8 @@ SUMMARY_CHUNK_US = 1.06
 SCAN_STEP_US = 2.2
 # Share of heads assumed to decay too slowly for truncation. Gates are unknown here: at 32768 tokens
 # of 32 heads 8 segments are best by 3 % if few heads are slow, 3 or 4 by 10 % if all are.
-SLOW_HEADS = 0.6
+SLOW_HEADS = 0.7
+FEWEST = 4  # segments where all are summarised: chains side by side, as much work as one
 # Of a packed batch: documents shorter than this are left whole, a summary's launch costs as much.
 WHOLE = 128  # chunks
 
@@ -50,14 +51,9 @@ def _cost(
     waves = ceil(ctas / processors)
     cost = waves * (segment * CHUNK_US[halves] + WAVE_US)
     if parts > 1 or summarised:
-        chains = (
-            SLOW_HEADS * lanes * (2 * parts - (0 if summarised else 3)) / processors
-        )  # S_ext and M
-        cost += (
-            SPLIT_US
-            + SCAN_STEP_US * max(0, parts - 2)
-            + max(1, chains) * segment * SUMMARY_CHUNK_US
-        )
+        summaries = 2 * parts - (0 if summarised else 3)  # S_ext and M, a sequence and head
+        chains = max(1, SLOW_HEADS * lanes * summaries / processors)
+        cost += SPLIT_US + SCAN_STEP_US * max(0, parts - 2) + chains * segment * SUMMARY_CHUNK_US
         cost += SUMMARY_WAVE_US * (parts if summarised else parts - 1) * lanes / processors
     return cost
 
@@ -81,7 +77,7 @@ def plan_segments(
     for halves in (1, 2):
         if tiles % halves:
             continue
-        for parts in range(1, min(chunks, 64) + 1):
+        for parts in range(min(chunks, FEWEST if summarised else 1), min(chunks, 64) + 1):
             cost = _cost(parts, chunks, lanes, halves, tiles, processors, summarised)
             if cost < best:
                 best, plan = cost, Plan(ceil(chunks / parts), halves, parts > 1)

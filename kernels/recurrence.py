@@ -13,9 +13,12 @@ fp32 accumulator of a warpgroup for every 64 value columns. Its bf16 copy is the
 next products straight from registers, so a chunk has no shared-memory round trip on its serial
 chain and no barrier between warpgroups. Roles in a CTA:
 
-    consumers   1 or 2 warpgroups, 64 value columns each: the chain and the output
-    auxiliary   1 warpgroup, a chunk ahead: P, and the gate vectors of the chunk
+    consumers   1 or 2 warpgroups, 64 value columns each: the chain and the output; two of them
+                issue their products in turn, one computes on registers while the other's run
+    auxiliary   1 warpgroup, a chunk ahead: P, and the gate vectors of the chunk. Consumers wait
+                for it alone: what it waited for has arrived
     producer    1 warp: bulk copies of q, k, v, a and the gates, `stages` chunks deep
+    storer      1 warp a consumer: bulk copies of the outputs that it left in shared memory
 
 L2-normalised queries and keys are never written: 1/|k| and 1/|q| scale the gate vectors and P.
 """

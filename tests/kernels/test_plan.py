@@ -36,7 +36,7 @@ def test_summaries_that_are_needed_anyway_are_cut():
         plan = plan_module.plan_segments(
             32768, 1, heads, 128, packed=False, processors=132, summarised=True
         )
-        assert plan.split and plan.segment <= 256
+        assert plan.split and plan.segment <= 128
 
 
 @pytest.mark.parametrize("block", [64, 256])
