@@ -162,3 +162,39 @@ def find_segment(cu, slot, segment, documents, bits, at):
     at[CHUNK_SLOT] = T.truncdiv(begin, CHUNK) + at[DOC] + at[PART] * segment
     at[END] = end
     at[LAST] = T.max(T.truncdiv(chunks + segment - 1, segment), 1) - 1
+
+
+@T.macro
+def load_transposed(tile, first, fragment, tx):
+    """Rows `first` to first + 63 of a swizzled [_, 64] buffer into a transposed_layout fragment."""
+    for x in T.unroll(4):
+        T.call_extern(
+            "handle",
+            "tl::ptx_ldmatrix_x4_trans",
+            T.access_ptr(
+                tile[
+                    first + x * 16 + tx % 32 // 16 * 8 + tx % 8,
+                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
+                ],
+                "r",
+            ),
+            T.access_ptr(fragment[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"),
+        )
+
+
+@T.macro
+def store_transposed(fragment, tile, first, tx):
+    """The other way; rows `first` to first + 63 must be free, and need a proxy fence before TMA."""
+    for x in T.unroll(4):
+        T.call_extern(
+            "handle",
+            "gdn::store_matrix_trans",
+            T.access_ptr(
+                tile[
+                    first + x * 16 + tx % 32 // 16 * 8 + tx % 8,
+                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
+                ],
+                "w",
+            ),
+            T.access_ptr(fragment[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "r"),
+        )

@@ -39,6 +39,8 @@ from .common import (
     ROW,
     TARGET,
     find_segment,
+    load_transposed,
+    store_transposed,
     transposed_layout,
 )
 
@@ -59,22 +61,6 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     N0, NT, NR = T.dynamic("N0"), T.dynamic("NT"), T.dynamic("NR")
     NI = T.dynamic("NI")
-
-    @T.macro
-    def stage_output(Ob, os_, tx):
-        for x in T.unroll(4):
-            T.call_extern(
-                "handle",
-                "gdn::store_matrix_trans",
-                T.access_ptr(
-                    os_[
-                        tx // 128 * C + x * 16 + tx % 32 // 16 * 8 + tx % 8,
-                        tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
-                    ],
-                    "w",
-                ),
-                T.access_ptr(Ob[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "r"),
-            )
 
     @T.macro
     def store_output(os_, o, half, row, chunks, h, tile, staged, stored):
@@ -213,29 +199,12 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                         policy=T.GemmWarpPolicy.FullRow,
                     )
                     pass_turn(tx)
-                    for x in T.unroll(4):
-                        T.call_extern(
-                            "handle",
-                            "tl::ptx_ldmatrix_x4_trans",
-                            T.access_ptr(
-                                vs[
-                                    (s * halves + tx // 128) * C
-                                    + x * 16
-                                    + tx % 32 // 16 * 8
-                                    + tx % 8,
-                                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
-                                ],
-                                "r",
-                            ),
-                            T.access_ptr(
-                                Vb[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"
-                            ),
-                        )
+                    load_transposed(vs, (s * halves + tx // 128) * C, Vb, tx)
                     for x, y in T.Parallel(BV, C):
                         E[x, y] = ein[b, y]
                     if c > 0:
                         T.mbarrier_wait_parity(stored[tx // 128], c % 2)
-                        stage_output(Ob, os_, tx)
+                        store_transposed(Ob, os_, tx // 128 * C, tx)
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(BV, C):
                         Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
@@ -298,7 +267,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                         Ob[y, x] = O[x, y]
                 if n > 0:
                     T.mbarrier_wait_parity(stored[tx // 128], n % 2)
-                    stage_output(Ob, os_, tx)
+                    store_transposed(Ob, os_, tx // 128 * C, tx)
                     last = row + (n - 1) * C
                     if last + C <= at[END]:
                         T.fence_proxy_async()

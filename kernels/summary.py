@@ -32,6 +32,7 @@ from .common import (
     ROW,
     TARGET,
     find_segment,
+    load_transposed,
     transposed_layout,
 )
 
@@ -157,21 +158,7 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
-                    for x in T.unroll(4):
-                        T.call_extern(
-                            "handle",
-                            "tl::ptx_ldmatrix_x4_trans",
-                            T.access_ptr(
-                                vs[
-                                    (s * 2 + tx // 128) * C + x * 16 + tx % 32 // 16 * 8 + tx % 8,
-                                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
-                                ],
-                                "r",
-                            ),
-                            T.access_ptr(
-                                Vb[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"
-                            ),
-                        )
+                    load_transposed(vs, (s * 2 + tx // 128) * C, Vb, tx)
                     for x, y in T.Parallel(128, C):
                         E[x, y] = ein[s, y]
                     T.wait_wgmma(0)
