@@ -98,6 +98,14 @@ __device__ __forceinline__ void near_chunks(const float* last, long stride, int 
 __device__ __forceinline__ void wait_named(int barrier) {
   asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }
+// Two warpgroups issue products in turn: the other one computes on registers meanwhile. The second
+// one passes before its first wait, and does not pass after its last one.
+__device__ __forceinline__ void wait_turn(int group) {
+  asm volatile("bar.sync %0, 256;" ::"r"(5 + group) : "memory");
+}
+__device__ __forceinline__ void pass_turn(int group) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(6 - group) : "memory");
+}
 }  // namespace gdn
 #endif
 """
@@ -154,3 +162,39 @@ def find_segment(cu, slot, segment, documents, bits, at):
     at[CHUNK_SLOT] = T.truncdiv(begin, CHUNK) + at[DOC] + at[PART] * segment
     at[END] = end
     at[LAST] = T.max(T.truncdiv(chunks + segment - 1, segment), 1) - 1
+
+
+@T.macro
+def load_transposed(tile, first, fragment, tx):
+    """Rows `first` to first + 63 of a swizzled [_, 64] buffer into a transposed_layout fragment."""
+    for x in T.unroll(4):
+        T.call_extern(
+            "handle",
+            "tl::ptx_ldmatrix_x4_trans",
+            T.access_ptr(
+                tile[
+                    first + x * 16 + tx % 32 // 16 * 8 + tx % 8,
+                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
+                ],
+                "r",
+            ),
+            T.access_ptr(fragment[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"),
+        )
+
+
+@T.macro
+def store_transposed(fragment, tile, first, tx):
+    """The other way; rows `first` to first + 63 must be free, and need a proxy fence before TMA."""
+    for x in T.unroll(4):
+        T.call_extern(
+            "handle",
+            "gdn::store_matrix_trans",
+            T.access_ptr(
+                tile[
+                    first + x * 16 + tx % 32 // 16 * 8 + tx % 8,
+                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
+                ],
+                "w",
+            ),
+            T.access_ptr(fragment[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "r"),
+        )

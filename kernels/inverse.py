@@ -1,17 +1,18 @@
 """CUDA for the part of prepare.py that works below tiles: one 64x64 triangular inverse a value head.
 
 For one chunk and the `R` value heads of one key head it turns K K^T (fp32, wgmma accumulators)
-into a_ij = exp(G_i - G_j) Ainv_ij beta_j with Ainv = (I + tril(diag(beta) K K^T, -1))^-1. fp32
-throughout: inverses in 16-bit precision, or by doubling, are known to overflow on trained models.
+into a_ij = exp(G_i - G_j) Ainv_ij beta_j with Ainv = (I + tril(diag(beta) K K^T, -1))^-1. Sums are
+fp32, and so is the substitution; what enters a product is two bf16 numbers. Inverses in 16-bit
+precision, or by doubling, are known to overflow on trained models.
 
     scatter   K K^T leaves the accumulators lane by lane. Because it is symmetric the registers of
               an accumulator block are the B operand of the block product that needs it; they are
-              split once into tf32 high and low parts.
+              split once into bf16 high and low parts.
     diagonal  warp w inverts the 16x16 diagonal blocks w of all heads by forward substitution, a
               lane a column, and multiplies column j by beta_j.
     rows      the off-diagonal blocks of a block row, right to left,
-              A_ij = -(sum_{j < m <= i} A_im KK_mj) A_jj, on m16n8k8 with 3xTF32 products: the left
-              operands are accumulators of the same warp, so that only B is read.
+              A_ij = -(sum_{j < m <= i} A_im KK_mj) A_jj, products of high and low parts good to
+              2^-16: the left operands are accumulators of the same warp, so that only B is read.
               The gate is applied to the registers that are stored.
 """
 
@@ -23,39 +24,46 @@ SOURCE = r"""
 namespace gdn {
 // A 16x16 block in accumulator layout: v[n*4 + e*2 + f] is row g + 8e, column 8n + 2t + f, where
 // g = lane / 4 and t = lane % 4.
-__device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
-  high = __float_as_uint(x) & 0xffffe000u;  // truncated; high and low carry 21 bits together
-  low = __float_as_uint(x - __uint_as_float(high));
+// x and y as two pairs of bf16, x + y = high + low to 2^-17.
+__device__ __forceinline__ void split(float x, float y, unsigned& high, unsigned& low) {
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(y), "f"(x));
+  x -= __uint_as_float(high << 16);
+  y -= __uint_as_float(high & 0xffff0000u);
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(y), "f"(x));
 }
-__device__ __forceinline__ void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[2]), "r"(a[1]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// An accumulator block as A operand: k slot t is column 2t, slot t + 4 is column 2t + 1.
+// An accumulator block as A operand: [n * 2 + e] holds columns 8n + 2t + {0, 1} of row g + 8e.
 struct Left {
-  unsigned high[8], low[8];
+  unsigned high[4], low[4];
   __device__ __forceinline__ void set(const float* x) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) split(x[i], high[i], low[i]);
+    for (int i = 0; i < 4; ++i) split(x[i * 2], x[i * 2 + 1], high[i], low[i]);
   }
 };
-// c += left * B with B's k = 8s + 2t + f, n = 8e + g in [s*4 + e*2 + f]. If `lower`, B is lower
+__device__ __forceinline__ void mma(float* c, const unsigned* a, const unsigned* b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void mma_half(float* c, const unsigned* a, unsigned b) {  // k 8 to 15
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[2]), "r"(a[3]), "r"(b));
+}
+// c += left * B with B's n = 8e + g, k = 8s + 2t + {0, 1} in [e * 2 + s]. If `lower`, B is lower
 // triangular, so that its upper right tile is skipped.
 template <bool lower>
 __device__ __forceinline__ void product(float* c, const Left& a, const unsigned* bh,
                                         const unsigned* bl) {
 #pragma unroll
-  for (int s = 0; s < 2; ++s)
+  for (int x = 0; x < 3; ++x)  // low high, high low, high high
 #pragma unroll
-    for (int x = 0; x < 3; ++x)  // low high, high low, high high
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (lower && s == 0 && e == 1) continue;
-        const unsigned* b = (x == 1 ? bl : bh) + s * 4 + e * 2;
-        mma(c + e * 4, (x == 0 ? a.low : a.high) + s * 4, b[0], b[1]);
-      }
+    for (int e = 0; e < 2; ++e) {
+      const unsigned *b = (x == 1 ? bl : bh) + e * 2, *l = x == 0 ? a.low : a.high;
+      if (lower && e == 1) mma_half(c + e * 4, l, b[1]);
+      else mma(c + e * 4, l, b);
+    }
 }
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -73,27 +81,31 @@ __device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162f
 __device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
 
 constexpr int STRIDE = 20;            // of a column of a diagonal block, in floats
-constexpr int DIAGONALS = 6 * 512;    // where the diagonal blocks begin in the 16 KB of scratch
+constexpr int DIAGONALS = 6 * 256;    // where the diagonal blocks begin in the 16 KB of scratch
 
-// Warp w, heads w, w + 4, ...: cumulative log2 gate and beta of the chunk. Tokens from `valid` on
-// get gate 0 and beta 0, which makes their rows and columns of a vanish.
+// Cumulative log2 gate and beta of the chunk. Tokens from `valid` on get gate 0 and beta 0, which
+// makes their rows and columns of a vanish. Read token by token, summed a warp a head.
 template <int R, typename Gate, typename Beta>
 __device__ __forceinline__ void gates(const void* g_, const void* beta_, float* G, float* B,
                                       float* out, int Hv, int valid) {
   const Gate* g = (const Gate*)g_;
   const Beta* beta = (const Beta*)beta_;
+#pragma unroll
+  for (int e = threadIdx.x; e < 64 * R; e += 128) {
+    const int token = e / R, r = e % R;
+    float x = 0, b = 0;
+    if (token < valid) {
+      x = as_float(g[(long)token * Hv + r]) * 1.4426950408889634f;
+      b = as_float(beta[(long)token * Hv + r]);
+    }
+    G[r * 64 + token] = x;
+    B[r * 64 + token] = b;
+  }
+  __syncthreads();
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, i = 2 * lane;
   for (int r = w; r < R; r += 4) {
-    float x0 = 0, x1 = 0, b0 = 0, b1 = 0;
-    if (i < valid) {
-      x0 = as_float(g[(long)i * Hv + r]) * 1.4426950408889634f;
-      b0 = as_float(beta[(long)i * Hv + r]);
-    }
-    if (i + 1 < valid) {
-      x1 = as_float(g[(long)(i + 1) * Hv + r]) * 1.4426950408889634f;
-      b1 = as_float(beta[(long)(i + 1) * Hv + r]);
-    }
-    float sum = x0 + x1;
+    const float2 x = *(const float2*)(G + r * 64 + i);
+    float sum = x.x + x.y;
 #pragma unroll
     for (int d = 1; d < 32; d <<= 1) {
       const float y = __shfl_up_sync(~0u, sum, d);
@@ -101,10 +113,9 @@ __device__ __forceinline__ void gates(const void* g_, const void* beta_, float* 
     }
     float before = __shfl_up_sync(~0u, sum, 1);
     if (lane == 0) before = 0;
-    const float2 c = make_float2(before + x0, sum);
+    const float2 c = make_float2(before + x.x, sum);
     *(float2*)(G + r * 64 + i) = c;
     *(float2*)(out + r * 64 + i) = c;
-    *(float2*)(B + r * 64 + i) = make_float2(b0, b1);
   }
 }
 
@@ -116,14 +127,17 @@ __device__ __forceinline__ void scatter(const float* kk, void* scratch) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     if (j > w) {  // block (w, j) is block (j, w) transposed
-      float* b = blocks + (j * (j - 1) / 2 + w) * 512 + lane * 4;
-      unsigned h[8], l[8];
+      float* b = blocks + (j * (j - 1) / 2 + w) * 256 + lane * 4;
+      unsigned h[4], l[4];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) split(kk[j * 8 + i], h[i], l[i]);
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const float* x = kk + j * 8 + n * 4 + e * 2;
+          split(x[0], x[1], h[e * 2 + n], l[e * 2 + n]);
+        }
       *(uint4*)b = *(uint4*)h;
-      *(uint4*)(b + 128) = *(uint4*)(h + 4);
-      *(uint4*)(b + 256) = *(uint4*)l;
-      *(uint4*)(b + 384) = *(uint4*)(l + 4);
+      *(uint4*)(b + 128) = *(uint4*)l;
     } else if (j == w) {
 #pragma unroll
       for (int n = 0; n < 2; ++n)
@@ -243,12 +257,10 @@ __device__ __forceinline__ void block_row(const float* blocks, const float* D, c
       for (int i = 0; i < 8; ++i) s[i] = 0.f;
 #pragma unroll
       for (int m = I; m > j; --m) {
-        const float* b = blocks + (m * (m - 1) / 2 + j) * 512 + lane * 4;
-        unsigned bh[8], bl[8];
+        const float* b = blocks + (m * (m - 1) / 2 + j) * 256 + lane * 4;
+        unsigned bh[4], bl[4];
         *(uint4*)bh = *(const uint4*)b;
-        *(uint4*)(bh + 4) = *(const uint4*)(b + 128);
-        *(uint4*)bl = *(const uint4*)(b + 256);
-        *(uint4*)(bl + 4) = *(const uint4*)(b + 384);
+        *(uint4*)bl = *(const uint4*)(b + 128);
         product<false>(s, left[m], bh, bl);
       }
 #pragma unroll
@@ -258,14 +270,13 @@ __device__ __forceinline__ void block_row(const float* blocks, const float* D, c
       }
       Left sum;
       sum.set(s);
-      unsigned bh[8], bl[8];
+      unsigned bh[4], bl[4];
 #pragma unroll
-      for (int k = 0; k < 2; ++k)
+      for (int e = 0; e < 2; ++e)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
+        for (int k = 0; k < 2; ++k) {
           const float2 d = *(const float2*)(D + (j * 16 + 8 * e + g) * STRIDE + 8 * k + 2 * t);
-          split(d.x, bh[k * 4 + e * 2], bl[k * 4 + e * 2]);
-          split(d.y, bh[k * 4 + e * 2 + 1], bl[k * 4 + e * 2 + 1]);
+          split(d.x, d.y, bh[e * 2 + k], bl[e * 2 + k]);
         }
       product<true>(x, sum, bh, bl);
     }

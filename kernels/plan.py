@@ -10,17 +10,21 @@ from math import ceil, inf
 
 from .common import CHUNK
 
-# Microseconds on an H200, fitted to measurements like those in docs/results/forward-h200.json: a
-# chunk of the main pass with one and with two halves of the value columns in a CTA, and the start
-# and end of each of its waves of CTAs; for summary and scan a constant, a wave, a chunk of the
-# serial chain, a step of the scan.
-CHUNK_US = {1: 1.35, 2: 2.1}
-WAVE_US = 5.0
-SPLIT_US = 20.0
-SUMMARY_WAVE_US = 8.0
-SUMMARY_CHUNK_US = 1.2
-SCAN_STEP_US = 2.0
-SLOW_HEADS = 0.25  # share of heads assumed to decay too slowly for truncation
+# Microseconds on an H200, fitted to the times in docs/kernels.md: a chunk of the main pass with one
+# and with two halves of the value columns in a CTA, and the start and end of each of its waves of
+# CTAs; for summary and scan a constant, a wave, a chunk of the serial chain, a step of the scan.
+CHUNK_US = {1: 1.29, 2: 2.03}
+WAVE_US = 6.0
+SPLIT_US = 15.0
+SUMMARY_WAVE_US = 4.0
+SUMMARY_CHUNK_US = 1.06
+SCAN_STEP_US = 2.2
+# Share of heads assumed to decay too slowly for truncation. Gates are unknown here: at 32768 tokens
+# of 32 heads 8 segments are best by 3 % if few heads are slow, 3 or 4 by 10 % if all are.
+SLOW_HEADS = 0.7
+FEWEST = 4  # segments where all are summarised: chains side by side, as much work as one
+# Of a packed batch: documents shorter than this are left whole, a summary's launch costs as much.
+WHOLE = 128  # chunks
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,9 @@ def _cost(
     waves = ceil(ctas / processors)
     cost = waves * (segment * CHUNK_US[halves] + WAVE_US)
     if parts > 1 or summarised:
-        chains = (
-            SLOW_HEADS * lanes * (2 * parts - (0 if summarised else 3)) / processors
-        )  # S_ext and M
-        cost += (
-            SPLIT_US
-            + SCAN_STEP_US * max(0, parts - 2)
-            + max(1, chains) * segment * SUMMARY_CHUNK_US
-        )
+        summaries = 2 * parts - (0 if summarised else 3)  # S_ext and M, a sequence and head
+        chains = max(1, SLOW_HEADS * lanes * summaries / processors)
+        cost += SPLIT_US + SCAN_STEP_US * max(0, parts - 2) + chains * segment * SUMMARY_CHUNK_US
         cost += SUMMARY_WAVE_US * (parts if summarised else parts - 1) * lanes / processors
     return cost
 
@@ -78,11 +77,12 @@ def plan_segments(
     for halves in (1, 2):
         if tiles % halves:
             continue
-        for parts in range(1, min(chunks, 64) + 1):
+        for parts in range(min(chunks, FEWEST if summarised else 1), min(chunks, 64) + 1):
             cost = _cost(parts, chunks, lanes, halves, tiles, processors, summarised)
             if cost < best:
                 best, plan = cost, Plan(ceil(chunks / parts), halves, parts > 1)
-    if packed:  # lengths differ: cut whatever exceeds a third of a multiprocessor's share
+    if packed:  # lengths differ: cut whatever exceeds half of a multiprocessor's share
         share = ceil(tokens / CHUNK * value_heads * tiles / plan.halves / processors)
-        plan = Plan(max(plan.segment, ceil(share / 3)), plan.halves, True)
+        longest = max(plan.segment, ceil(share / 2), min(share, WHOLE))
+        plan = Plan(longest, plan.halves, True)
     return plan

@@ -13,9 +13,12 @@ fp32 accumulator of a warpgroup for every 64 value columns. Its bf16 copy is the
 next products straight from registers, so a chunk has no shared-memory round trip on its serial
 chain and no barrier between warpgroups. Roles in a CTA:
 
-    consumers   1 or 2 warpgroups, 64 value columns each: the chain and the output
-    auxiliary   1 warpgroup, a chunk ahead: P, and the gate vectors of the chunk
+    consumers   1 or 2 warpgroups, 64 value columns each: the chain and the output; two of them
+                issue their products in turn, one computes on registers while the other's run
+    auxiliary   1 warpgroup, a chunk ahead: P, and the gate vectors of the chunk. Consumers wait
+                for it alone: what it waited for has arrived
     producer    1 warp: bulk copies of q, k, v, a and the gates, `stages` chunks deep
+    storer      1 warp a consumer: bulk copies of the outputs that it left in shared memory
 
 L2-normalised queries and keys are never written: 1/|k| and 1/|q| scale the gate vectors and P.
 """
@@ -36,6 +39,8 @@ from .common import (
     ROW,
     TARGET,
     find_segment,
+    load_transposed,
+    store_transposed,
     transposed_layout,
 )
 
@@ -43,9 +48,14 @@ from .common import (
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
 def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, stages=3):
     C, K, HALF = CHUNK, 128, 64
+    turns = halves == 2
+    ahead = halves == 1  # there are registers for it
+    at_once = ahead or not normalize
+    registers = (208, 72) if halves == 2 else (240, 120)
     BV = HALF * halves
     tiles = value_dim // BV
     workers = 128 * halves
+    movers = workers + 128  # first thread of the warps that copy
     f32, i32 = "float32", "int32"
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
@@ -53,14 +63,29 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
     NI = T.dynamic("NI")
 
     @T.macro
-    def store_halves(os_, o, at, h, tile, tx):
-        if halves == 1:
-            T.tma_copy(os_, o[at : at + C, h, tile * BV : tile * BV + HALF])
-        else:
-            if tx < 128:
-                T.tma_copy(os_[:C, :], o[at : at + C, h, tile * BV : tile * BV + HALF])
-            else:
-                T.tma_copy(os_[C:, :], o[at : at + C, h, tile * BV + HALF : tile * BV + BV])
+    def store_output(os_, o, half, row, chunks, h, tile, staged, stored):
+        for c in T.serial(chunks):
+            T.mbarrier_wait_parity(staged[half], c % 2)
+            T.tma_copy(
+                os_[half * C : half * C + C, :],
+                o[
+                    row + c * C : row + c * C + C,
+                    h,
+                    tile * BV + half * HALF : tile * BV + half * HALF + HALF,
+                ],
+            )
+            T.tma_store_wait()
+            T.mbarrier_arrive(stored[half])
+
+    @T.macro
+    def wait_turn(tx):
+        if turns:
+            T.call_extern("handle", "gdn::wait_turn", tx // 128)
+
+    @T.macro
+    def pass_turn(tx):
+        if turns:
+            T.call_extern("handle", "gdn::pass_turn", tx // 128)
 
     @T.prim_func
     def main(
@@ -83,7 +108,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
         want_final: T.int32,
         open_left: T.int32,
     ):
-        with T.Kernel(tiles, Hv, NS, threads=workers + 256) as (tile, h, slot):
+        with T.Kernel(tiles, Hv, NS, threads=movers + 128) as (tile, h, slot):
             T.import_source(MATRIX_COPIES)
             ks = T.alloc_shared((stages, C, K), dtype)
             qs = T.alloc_shared((stages, C, K), dtype)
@@ -95,9 +120,10 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
             ein = T.alloc_shared((2, C), f32)
             eout = T.alloc_shared((2, C), f32)
             eq = T.alloc_shared((2, C), f32)
+            es = T.alloc_shared((2,), f32)
             if normalize:
                 rs = T.alloc_shared((stages, C), f32)
-                rq = T.alloc_shared((C,), f32)
+                rq = T.alloc_shared((2, C), f32)
                 square = T.alloc_local((1,), f32)
 
             S = T.alloc_fragment((BV, K), f32)
@@ -112,8 +138,10 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
             Vb = T.alloc_fragment((C, BV), dtype)
             E = T.alloc_fragment((BV, C), f32)
             F = T.alloc_fragment((BV, C), f32)
+            Q = T.alloc_fragment((BV, C), f32)
             P = T.alloc_fragment((C, C), f32)
             Pb = T.alloc_fragment((C, C), dtype)
+            D = T.alloc_fragment((C, C), f32)
             T.annotate_layout(
                 {
                     Ob: transposed_layout(Ob),
@@ -127,6 +155,8 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
             empty = T.alloc_barrier([workers + 128] * stages)
             ready = T.alloc_barrier([128] * 2)
             spent = T.alloc_barrier([workers] * 2)
+            staged = T.alloc_barrier([128] * halves)
+            stored = T.alloc_barrier([32] * halves)
 
             tx = T.get_thread_binding()
             at = T.alloc_local((7,), i32)
@@ -135,7 +165,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
             row = at[ROW]
 
             if tx < workers:
-                T.set_max_nreg(208 if halves == 2 else 240, 1)
+                T.set_max_nreg(registers[0], 1)
                 T.clear(S)
                 if at[PART] == 0:
                     if at[DOC] < open_left:
@@ -147,14 +177,19 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                 else:
                     for x, y in T.Parallel(BV, K):
                         S[x, y] = states[slot - 1, h, y, tile * BV + x]
+                if n > 0:
+                    T.mbarrier_wait_parity(ready[0], 0)
+                    if turns:
+                        if tx >= 128:
+                            T.call_extern("handle", "gdn::pass_turn", 1)
                 for c in T.serial(n):
                     s = c % stages
                     b = c % 2
-                    T.mbarrier_wait_parity(full[s], (c // stages) % 2)
-                    decay = T.exp2(gs[s, C - 1])
+                    decay = T.exp2(gs[s, C - 1]) if normalize else es[b]
                     T.copy(S, Sb)
                     for x, y in T.Parallel(BV, K):
                         S[x, y] *= decay
+                    wait_turn(tx)
                     T.wgmma_gemm(
                         Sb,
                         ks[s, :, :],
@@ -163,51 +198,17 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
-                    for x in T.unroll(4):
-                        T.call_extern(
-                            "handle",
-                            "tl::ptx_ldmatrix_x4_trans",
-                            T.access_ptr(
-                                vs[
-                                    (s * halves + tx // 128) * C
-                                    + x * 16
-                                    + tx % 32 // 16 * 8
-                                    + tx % 8,
-                                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
-                                ],
-                                "r",
-                            ),
-                            T.access_ptr(
-                                Vb[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"
-                            ),
-                        )
-                    if c > 0:
-                        T.tma_store_wait()
-                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        for x in T.unroll(4):
-                            T.call_extern(
-                                "handle",
-                                "gdn::store_matrix_trans",
-                                T.access_ptr(
-                                    os_[
-                                        tx // 128 * C + x * 16 + tx % 32 // 16 * 8 + tx % 8,
-                                        tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
-                                    ],
-                                    "w",
-                                ),
-                                T.access_ptr(
-                                    Ob[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "r"
-                                ),
-                            )
-                        T.fence_proxy_async()
-                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        store_halves(os_, o, row + (c - 1) * C, h, tile, tx)
-                    T.mbarrier_wait_parity(ready[b], (c // 2) % 2)
+                    pass_turn(tx)
+                    load_transposed(vs, (s * halves + tx // 128) * C, Vb, tx)
                     for x, y in T.Parallel(BV, C):
                         E[x, y] = ein[b, y]
+                    if c > 0:
+                        T.mbarrier_wait_parity(stored[tx // 128], c % 2)
+                        store_transposed(Ob, os_, tx // 128 * C, tx)
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(BV, C):
                         Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
+                    wait_turn(tx)
                     T.wgmma_gemm(
                         Ub,
                         as_[s, :, :],
@@ -224,16 +225,29 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
+                    pass_turn(tx)
                     for x, y in T.Parallel(BV, C):
                         F[x, y] = eout[b, y]
+                    if c > 0:
+                        T.fence_proxy_async()
+                        T.mbarrier_arrive(staged[tx // 128])
                     T.wait_wgmma(1)
                     for x, y in T.Parallel(BV, C):
                         Wd[x, y] = W[x, y] * F[x, y]
-                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
                     T.copy(W, Wb)
-                    T.wait_wgmma(1)
-                    for x, y in T.Parallel(BV, C):
-                        O[x, y] *= eq[b, y]
+                    if halves == 2:
+                        T.wait_wgmma(0)
+                        for x, y in T.Parallel(BV, C):
+                            O[x, y] *= eq[b, y]
+                        wait_turn(tx)
+                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                    else:
+                        for x, y in T.Parallel(BV, C):
+                            Q[x, y] = eq[b, y]
+                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                        T.wait_wgmma(1)
+                        for x, y in T.Parallel(BV, C):
+                            O[x, y] *= Q[x, y]
                     T.wgmma_gemm(
                         Wb,
                         ps[b * C : (b + 1) * C, :],
@@ -241,35 +255,25 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                         transpose_B=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
+                    if turns:
+                        if c + 1 < n or tx < 128:
+                            pass_turn(tx)
+                    if c + 1 < n:
+                        T.mbarrier_wait_parity(ready[1 - b], ((c + 1) // 2) % 2)
                     T.wait_wgmma(0)
                     T.mbarrier_arrive(empty[s])
                     T.mbarrier_arrive(spent[b])
                     for x, y in T.Parallel(BV, C):
                         Ob[y, x] = O[x, y]
                 if n > 0:
-                    T.tma_store_wait()
-                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    for x in T.unroll(4):
-                        T.call_extern(
-                            "handle",
-                            "gdn::store_matrix_trans",
-                            T.access_ptr(
-                                os_[
-                                    tx // 128 * C + x * 16 + tx % 32 // 16 * 8 + tx % 8,
-                                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
-                                ],
-                                "w",
-                            ),
-                            T.access_ptr(
-                                Ob[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "r"
-                            ),
-                        )
-                    T.fence_proxy_async()
-                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                    T.mbarrier_wait_parity(stored[tx // 128], n % 2)
+                    store_transposed(Ob, os_, tx // 128 * C, tx)
                     last = row + (n - 1) * C
                     if last + C <= at[END]:
-                        store_halves(os_, o, last, h, tile, tx)
+                        T.fence_proxy_async()
+                        T.mbarrier_arrive(staged[tx // 128])
                     else:
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                         for x in T.serial(C // 16):
                             r = x * 16 + tx % 128 // 8
                             if last + r < at[END]:
@@ -277,19 +281,22 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                                     o[
                                         last + r, h, tile * BV + tx // 128 * HALF + tx % 8 * 8 + y
                                     ] = os_[tx // 128 * C + r, tx % 8 * 8 + y]
-                    T.tma_store_wait()
                 if want_final != 0:
                     if at[PART] == at[LAST]:
                         for x, y in T.Parallel(BV, K):
                             final[at[DOC], h, y, tile * BV + x] = S[x, y]
             else:
-                if tx < workers + 128:
-                    T.set_max_nreg(72 if halves == 2 else 104, 0)
+                if tx < movers:
+                    T.set_max_nreg(registers[1], 0)
                     t = tx - workers
                     for c in T.serial(n):
                         s = c % stages
                         b = c % 2
                         T.mbarrier_wait_parity(full[s], (c // stages) % 2)
+                        if at_once:
+                            T.wgmma_gemm(
+                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                            )
                         if normalize:
                             square[0] = T.call_extern(
                                 f32,
@@ -298,34 +305,52 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                                 dtype == "float16",
                             )
                             square[0] += T.shfl_xor(square[0], 1)
-                            rq[t // 2] = scale * T.rsqrt(square[0] + 1e-6)
+                            rq[b, t // 2] = scale * T.rsqrt(square[0] + 1e-6)
                             T.call_extern("handle", "gdn::wait_named", 3)
+                        if ahead:  # while the product runs
+                            for x, y in T.Parallel(C, C):
+                                D[x, y] = T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
+                            if normalize:
+                                for x, y in T.Parallel(C, C):
+                                    D[x, y] *= rq[b, x] * rs[s, y]
+                            else:
+                                for x, y in T.Parallel(C, C):
+                                    D[x, y] *= scale
+                            for x, y in T.Parallel(C, C):
+                                D[x, y] = T.if_then_else(x >= y, D[x, y], 0.0)
                         T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
                         if t < C:
                             G = gs[s, t]
                             if normalize:
                                 ein[b, t] = T.exp2(G) * rs[s, t]
                                 eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
-                                eq[b, t] = T.exp2(G) * rq[t]
+                                eq[b, t] = T.exp2(G) * rq[b, t]
                             else:
+                                if t == C - 1:
+                                    es[b] = T.exp2(G)
                                 ein[b, t] = T.exp2(G)
                                 eout[b, t] = T.exp2(gs[s, C - 1] - G)
                                 eq[b, t] = T.exp2(G) * scale
-                        T.wgmma_gemm(
-                            qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                        )
+                        if not at_once:
+                            T.wgmma_gemm(
+                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                            )
                         T.wait_wgmma(0)
-                        # the mask comes after the arithmetic: branches here cost more than exps
-                        for x, y in T.Parallel(C, C):
-                            P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                        if normalize:
+                        if ahead:
                             for x, y in T.Parallel(C, C):
-                                P[x, y] *= rq[x] * rs[s, y]
+                                P[x, y] *= D[x, y]
                         else:
+                            # the mask comes after the arithmetic: branches here cost more than exps
                             for x, y in T.Parallel(C, C):
-                                P[x, y] *= scale
-                        for x, y in T.Parallel(C, C):
-                            P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
+                                P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
+                            if normalize:
+                                for x, y in T.Parallel(C, C):
+                                    P[x, y] *= rq[b, x] * rs[s, y]
+                            else:
+                                for x, y in T.Parallel(C, C):
+                                    P[x, y] *= scale
+                            for x, y in T.Parallel(C, C):
+                                P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
                         T.copy(P, Pb)
                         T.copy(Pb, ps[b * C : (b + 1) * C, :])
                         T.fence_proxy_async()
@@ -335,7 +360,8 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                         T.mbarrier_arrive(empty[s])
                 else:
                     T.set_max_nreg(24, 0)
-                    if tx < workers + 160:
+                    full_chunks = T.if_then_else(row + n * C <= at[END], n, n - 1)
+                    if tx < movers + 32:
                         hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
                         for c in T.serial(n):
                             s = c % stages
@@ -362,5 +388,10 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                                     barrier=full[s],
                                 )
                             T.mbarrier_arrive(full[s])
+                    elif tx < movers + 64:
+                        store_output(os_, o, 0, row, full_chunks, h, tile, staged, stored)
+                    elif tx < movers + 96:
+                        if halves == 2:
+                            store_output(os_, o, 1, row, full_chunks, h, tile, staged, stored)
 
     return main

@@ -32,6 +32,7 @@ from .common import (
     ROW,
     TARGET,
     find_segment,
+    load_transposed,
     transposed_layout,
 )
 
@@ -73,6 +74,7 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
             gs = T.alloc_shared((stages, C), f32)
             ein = T.alloc_shared((stages, C), f32)
             eout = T.alloc_shared((stages, C), f32)
+            es = T.alloc_shared((stages,), f32)
             if normalize:
                 rs = T.alloc_shared((stages, C), f32)
             S = T.alloc_fragment((128, K), f32)
@@ -94,10 +96,12 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
 
             at = T.alloc_local((7,), i32)
             find_segment(cu, slot, segment, N1 - 1, bits, at)
+            begins = at[PART] == 0 and at[DOC] >= open_left
+            ends = at[PART] >= at[LAST] and at[DOC] < N1 - 1 - open_right
             near = T.alloc_local((2,), i32)  # chunks that matter, and whether the state before does
             near[0] = at[COUNT]
             near[1] = 1
-            if truncate != 0 and at[COUNT] > 0:
+            if truncate != 0 and at[COUNT] > 0 and not ends:
                 T.call_extern(
                     "handle",
                     "gdn::near_chunks",
@@ -108,8 +112,6 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                     T.access_ptr(near[0], "w"),
                 )
             first = at[COUNT] - near[0]
-            begins = at[PART] == 0 and at[DOC] >= open_left
-            ends = at[PART] >= at[LAST] and at[DOC] < N1 - 1 - open_right
             n = T.alloc_local((1,), i32)
             n[0] = near[0]
             if begins or ends:
@@ -140,10 +142,11 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                     if has_initial != 0 and begins and first == 0:
                         for x, y in T.Parallel(128, K):
                             S[x, y] = initial[at[DOC], h, y, x]
+                if n[0] > 0:
+                    T.mbarrier_wait_parity(scaled[0], 0)
                 for c in T.serial(n[0]):
                     s = c % stages
-                    T.mbarrier_wait_parity(full[s], (c // stages) % 2)
-                    gamma = T.exp2(gs[s, C - 1])
+                    gamma = es[s]
                     T.copy(S, Sb)
                     for x, y in T.Parallel(128, K):
                         S[x, y] *= gamma
@@ -155,26 +158,9 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
-                    for x in T.unroll(4):
-                        T.call_extern(
-                            "handle",
-                            "tl::ptx_ldmatrix_x4_trans",
-                            T.access_ptr(
-                                vs[
-                                    (s * 2 + tx // 128) * C + x * 16 + tx % 32 // 16 * 8 + tx % 8,
-                                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
-                                ],
-                                "r",
-                            ),
-                            T.access_ptr(
-                                Vb[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"
-                            ),
-                        )
-                    T.mbarrier_wait_parity(scaled[s], (c // stages) % 2)
+                    load_transposed(vs, (s * 2 + tx // 128) * C, Vb, tx)
                     for x, y in T.Parallel(128, C):
                         E[x, y] = ein[s, y]
-                    for x, y in T.Parallel(128, C):
-                        F[x, y] = eout[s, y]
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(128, C):
                         Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
@@ -186,10 +172,14 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
+                    for x, y in T.Parallel(128, C):
+                        F[x, y] = eout[s, y]
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(128, C):
                         Wd[x, y] = W[x, y] * F[x, y]
                     T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                    if c + 1 < n[0]:
+                        T.mbarrier_wait_parity(scaled[(c + 1) % stages], ((c + 1) // stages) % 2)
                     T.wait_wgmma(0)
                     T.mbarrier_arrive(empty[s])
                 if kind == 0:
@@ -232,6 +222,8 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                             s = c % stages
                             T.mbarrier_wait_parity(full[s], (c // stages) % 2)
                             G = gs[s, t]
+                            if t == C - 1:
+                                es[s] = T.exp2(G)
                             if normalize:
                                 ein[s, t] = T.exp2(G) * rs[s, t]
                                 eout[s, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]

@@ -52,7 +52,7 @@ def test_compiles_without_spills_or_serialised_products(kernel, option):
     assert not SERIALISED.search(report), report
     assert source.count("tl::warpgroup_commit_batch();") == PRODUCTS[kernel, option]
     assert "wgmma.mma_async" in ptx
-    if kernel != "prepare":  # whose inverse is 3xTF32 on mma.sync
+    if kernel != "prepare":  # whose inverse is bf16 pairs on mma.sync
         assert "mma.sync" not in ptx.replace("wgmma.mma_async.sync", "")
 
 

@@ -30,6 +30,15 @@ def test_unequal_documents_are_always_cut():
     assert plan.split
 
 
+def test_summaries_that_are_needed_anyway_are_cut():
+    """A context-parallel call summarises every chunk: in segments side by side, not in one chain."""
+    for heads in (8, 32, 64):
+        plan = plan_module.plan_segments(
+            32768, 1, heads, 128, packed=False, processors=132, summarised=True
+        )
+        assert plan.split and plan.segment <= 128
+
+
 @pytest.mark.parametrize("block", [64, 256])
 def test_slots_of_documents_never_meet(block):
     rng = random.Random(0)
