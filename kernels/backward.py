@@ -91,7 +91,11 @@ class OpenBackward:
 
     @property
     def kind(self) -> dict:
-        return {"dtype": DTYPES[self.q.dtype], "normalize": self.normalize}
+        return {
+            "dtype": DTYPES[self.q.dtype],
+            "beta_dtype": DTYPES[self.beta.dtype],
+            "normalize": self.normalize,
+        }
 
 
 def open_backward(
@@ -167,7 +171,7 @@ def _reverse(
 ) -> None:
     x, saved = opened, opened.saved
     reverse(halves=halves, store=store, **x.kind)(
-        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, saved.cu_seqlens, dstates,
+        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens, dstates,
         dstates if dfinal is None else dfinal, dinitial, dleaving, dv, x.scale,
         segment or saved.plan.segment, x.bits, int(dfinal is not None), int(truncate), x.open_left,
     )  # fmt: skip
@@ -200,7 +204,7 @@ def replay(opened: OpenBackward) -> None:
     """Replay the states, which needs no gradient that is late."""
     x, saved = opened, opened.saved
     replay_kernel(halves=saved.plan.halves, **x.kind)(
-        x.k, x.v, saved.a, saved.gate, saved.rnorm, saved.cu_seqlens,
+        x.k, x.v, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens,
         saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd,
         saved.plan.segment, x.bits, int(x.initial is not None),
     )  # fmt: skip
@@ -258,7 +262,7 @@ def _gradients(x: OpenBackward, dleaving, dv, dh0) -> Gradients:
     pairs = torch.empty(1 + x.vd.shape[0] * value_heads, dtype=torch.int32, device=q.device)
     pairs[:1].zero_()
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    last = {"beta_dtype": DTYPES[beta.dtype], "processors": processors, **x.kind}
+    last = {"processors": processors, **x.kind}
     gradients(ratio=value_heads // x.k.shape[1], **last)(
         x.q, x.k, x.do, x.vd, dv, x.entering, dleaving, saved.gate, saved.rnorm, x.beta,
         saved.cu_seqlens, dq, dk, dg, dbeta, pairs, x.scale, x.bits,
