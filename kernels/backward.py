@@ -91,7 +91,11 @@ class OpenBackward:
 
     @property
     def kind(self) -> dict:
-        return {"dtype": DTYPES[self.q.dtype], "normalize": self.normalize}
+        return {
+            "dtype": DTYPES[self.q.dtype],
+            "beta_dtype": DTYPES[self.beta.dtype],
+            "normalize": self.normalize,
+        }
 
 
 def open_backward(
@@ -129,13 +133,16 @@ def open_backward(
         open_left, open_right,
     )  # fmt: skip
     if saved.plan.split or open_left:
-        opened.external = torch.empty_like(saved.states)
-        unused = opened.entering[:1]
-        _reverse(
-            opened, opened.external, opened.dfinal, opened.external, unused, opened.do, halves=2,
-            store=False, truncate=use_qk_l2norm_in_kernel or keys_normalized,
-        )  # fmt: skip
+        _summarise(opened, use_qk_l2norm_in_kernel or keys_normalized)
     return opened
+
+
+def _summarise(x: OpenBackward, truncate: bool) -> None:
+    x.external = torch.empty_like(x.saved.states)
+    _reverse(
+        x, x.external, x.dfinal, x.external, x.entering[:1], x.do, halves=2, store=False,
+        truncate=truncate,
+    )  # fmt: skip
 
 
 def _open(q, k, v, g, beta, saved, do, dfinal, scale, initial_state, normalize, left=0, right=0):
@@ -167,7 +174,7 @@ def _reverse(
 ) -> None:
     x, saved = opened, opened.saved
     reverse(halves=halves, store=store, **x.kind)(
-        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, saved.cu_seqlens, dstates,
+        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens, dstates,
         dstates if dfinal is None else dfinal, dinitial, dleaving, dv, x.scale,
         segment or saved.plan.segment, x.bits, int(dfinal is not None), int(truncate), x.open_left,
     )  # fmt: skip
@@ -200,7 +207,7 @@ def replay(opened: OpenBackward) -> None:
     """Replay the states, which needs no gradient that is late."""
     x, saved = opened, opened.saved
     replay_kernel(halves=saved.plan.halves, **x.kind)(
-        x.k, x.v, saved.a, saved.gate, saved.rnorm, saved.cu_seqlens,
+        x.k, x.v, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens,
         saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd,
         saved.plan.segment, x.bits, int(x.initial is not None),
     )  # fmt: skip
@@ -258,7 +265,7 @@ def _gradients(x: OpenBackward, dleaving, dv, dh0) -> Gradients:
     pairs = torch.empty(1 + x.vd.shape[0] * value_heads, dtype=torch.int32, device=q.device)
     pairs[:1].zero_()
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    last = {"beta_dtype": DTYPES[beta.dtype], "processors": processors, **x.kind}
+    last = {"processors": processors, **x.kind}
     gradients(ratio=value_heads // x.k.shape[1], **last)(
         x.q, x.k, x.do, x.vd, dv, x.entering, dleaving, saved.gate, saved.rnorm, x.beta,
         saved.cu_seqlens, dq, dk, dg, dbeta, pairs, x.scale, x.bits,
@@ -294,22 +301,22 @@ def chunk_gdn_backward(
 ) -> Gradients:
     """Gradients of chunk_gdn_forward, whose arguments q to beta and keywords are repeated here; see
     open_backward. Between its kernels lie 1280 bytes a token and value head, free again on return."""
-    rows = q.shape[0]
-    if saved.plan.split and v.shape[2] * rows < ENOUGH_CHAINS:
-        opened = open_backward(
-            q, k, v, g, beta, saved, do, dfinal, scale=scale, initial_state=initial_state,
-            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized,
-        )  # fmt: skip
-        replay(opened)
-        return close_backward(opened)
     x = _open(
         q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel
     )  # fmt: skip
     dleaving, dv, dh0 = _outputs(x)
     here, beside = torch.cuda.current_stream(q.device), torch.cuda.Stream(q.device)
     beside.wait_stream(here)
-    _reverse(x, dh0, x.dfinal, dh0, dleaving, dv, halves=1, segment=_whole(x))
+    cut = saved.plan.split and v.shape[2] * q.shape[0] < ENOUGH_CHAINS
+    if cut:
+        _summarise(x, use_qk_l2norm_in_kernel or keys_normalized)
+    else:
+        _reverse(x, dh0, x.dfinal, dh0, dleaving, dv, halves=1, segment=_whole(x))
     with torch.cuda.stream(beside):
         replay(x)
+    if cut:
+        dstates = torch.empty_like(saved.states)
+        _scan(x, None, dstates, dstates, entering=False)
+        _reverse(x, dstates, x.dfinal, dh0, dleaving, dv, halves=saved.plan.halves)
     here.wait_stream(beside)
     return _gradients(x, dleaving, dv, dh0)

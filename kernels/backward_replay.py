@@ -6,6 +6,9 @@ with G the cumulative log gate of a chunk, gamma = exp(G), r = exp(G_C - G), `a`
 CTA a (segment, value head, 64 value columns a warpgroup); as in recurrence.py the state is kept
 transposed in a warpgroup's accumulators. Rows of Vd past the end of a document are zero, because
 those of `a` are. It needs no gradient: a late one can travel meanwhile.
+
+The diagonal of `a` is beta, and its rounding the largest error of the gates' gradients: what it lost,
+beta - a_ii, is added in fp32.
 """
 
 import tilelang
@@ -23,6 +26,7 @@ from .common import (
     CHUNK_SLOT,
     COUNT,
     DOC,
+    END,
     FLAGS,
     PART,
     ROW,
@@ -34,7 +38,7 @@ from .common import (
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
-def replay(*, halves, dtype="bfloat16", normalize=False, stages=4):
+def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, stages=4):
     C, K, V, HALF = CHUNK, 128, 128, 64
     BV, workers = HALF * halves, 128 * halves
     f32, i32 = "float32", "int32"
@@ -53,6 +57,7 @@ def replay(*, halves, dtype="bfloat16", normalize=False, stages=4):
         a: T.Tensor((NC, Hv, C, C), dtype),
         gate: T.Tensor((NC, Hv, C), f32),
         rnorm: T.Tensor((NR, Hk, C), f32),
+        beta: T.Tensor((L, Hv), beta_dtype),
         cu: T.Tensor((N1,), i32),
         initial: T.Tensor((N0, Hv, K, V), f32),
         states: T.Tensor((NS, Hv, K, V), f32),
@@ -72,6 +77,7 @@ def replay(*, halves, dtype="bfloat16", normalize=False, stages=4):
             gs = T.alloc_shared((stages, C), f32)
             ein = T.alloc_shared((stages, C), f32)  # gamma
             eout = T.alloc_shared((stages, C), f32)  # r
+            lost = T.alloc_shared((stages, C), f32)  # beta - a_ii
             if normalize:
                 rs = T.alloc_shared((stages, C), f32)
             S = T.alloc_fragment((BV, K), f32)
@@ -175,6 +181,8 @@ def replay(*, halves, dtype="bfloat16", normalize=False, stages=4):
                         F[x, y] = eout[s, y]
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(BV, C):
+                        W[x, y] += Ub[x, y] * lost[s, y]
+                    for x, y in T.Parallel(BV, C):
                         Wd[x, y] = W[x, y] * F[x, y]
                     T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
                     for x, y in T.Parallel(BV, C):
@@ -221,10 +229,15 @@ def replay(*, halves, dtype="bfloat16", normalize=False, stages=4):
                 else:
                     if tx >= workers + 64:
                         t = tx - workers - 64
+                        b = T.alloc_local((1,), f32)
                         for c in T.serial(n):
                             s = c % stages
+                            b[0] = 0.0
+                            if row + c * C + t < at[END]:
+                                b[0] = T.cast(beta[row + c * C + t, h], f32)
                             T.mbarrier_wait_parity(full[s], (c // stages) % 2)
                             G = gs[s, t]
+                            lost[s, t] = b[0] - T.cast(as_[s, t, t], f32)
                             if normalize:
                                 ein[s, t] = T.exp2(G) * rs[s, t]
                                 eout[s, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]

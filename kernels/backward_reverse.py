@@ -5,7 +5,8 @@
 with G the cumulative log gate of a chunk, gamma = exp(G), r = exp(G_C - G), `a` from prepare.py and
 P_ij = scale exp(G_i - G_j) q_i k_j, j <= i. One CTA a (segment, value head, 64 value columns a
 warpgroup); dS is kept transposed in a warpgroup's accumulators (recurrence.py), P comes from an
-auxiliary warpgroup. P and dO of rows past the end of a document are masked.
+auxiliary warpgroup. P and dO of rows past the end of a document are masked. What rounding took from
+the diagonal of `a` is added in fp32 (backward_replay.py).
 
     store = True    the main pass, from the gradients of the states that leave the segments
                     (reverse_scan.py) and of the final ones: dV, the dS that leaves every chunk, dh0
@@ -44,7 +45,7 @@ from .summary import LOG2_NEGLIGIBLE
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
-def reverse(*, halves, dtype="bfloat16", normalize=False, store=True):
+def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, store=True):
     C, K, V, HALF = CHUNK, 128, 128, 64
     BV, workers = HALF * halves, 128 * halves
     stages = 3 if not store or halves == 1 else 2
@@ -72,6 +73,7 @@ def reverse(*, halves, dtype="bfloat16", normalize=False, store=True):
         a: T.Tensor((NC, Hv, C, C), dtype),
         gate: T.Tensor((NC, Hv, C), f32),
         rnorm: T.Tensor((NR, Hk, C), f32),
+        beta: T.Tensor((L, Hv), beta_dtype),
         cu: T.Tensor((N1,), i32),
         dstates: T.Tensor((NS, Hv, K, V), f32),
         dfinal: T.Tensor((NF, Hv, K, V), f32),
@@ -96,6 +98,7 @@ def reverse(*, halves, dtype="bfloat16", normalize=False, store=True):
             ein = T.alloc_shared((2, C), f32)  # -gamma
             eout = T.alloc_shared((2, C), f32)  # r
             eq = T.alloc_shared((2, C), f32)  # scale gamma
+            lost = T.alloc_shared((2, C), f32)  # beta - a_ii
             if normalize:
                 rs = T.alloc_shared((stages, C), f32)
                 rq = T.alloc_shared((C,), f32)
@@ -109,7 +112,6 @@ def reverse(*, halves, dtype="bfloat16", normalize=False, store=True):
             Xa = T.alloc_fragment((BV, C), dtype)
             Xb = T.alloc_fragment((BV, C), dtype)
             Xf = T.alloc_fragment((C, BV), dtype)
-            F = T.alloc_fragment((BV, C), f32)
             P = T.alloc_fragment((C, C), f32)
             Pb = T.alloc_fragment((C, C), dtype)
             layouts = {
@@ -230,11 +232,11 @@ def reverse(*, halves, dtype="bfloat16", normalize=False, store=True):
                     for x, y in T.Parallel(BV, C):
                         Xb[x, y] = Xf[y, x] * eq[b, y]
                     T.wgmma_gemm(Xb, qs[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
-                    for x, y in T.Parallel(BV, C):
-                        F[x, y] = ein[b, y]
                     T.wait_wgmma(1)
                     for x, y in T.Parallel(BV, C):
-                        Wd[x, y] = U[x, y] * F[x, y]
+                        U[x, y] += Ub[x, y] * lost[b, y]
+                    for x, y in T.Parallel(BV, C):
+                        Wd[x, y] = U[x, y] * ein[b, y]
                     T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
                     if store:
                         for x, y in T.Parallel(BV, C):
@@ -268,11 +270,15 @@ def reverse(*, halves, dtype="bfloat16", normalize=False, store=True):
                 if tx < workers + 128:
                     T.set_max_nreg(72 if halves == 2 else 104, 0)
                     t = tx - workers
+                    diagonal = T.alloc_local((1,), f32)
                     for i in T.serial(n):
                         c = n - 1 - i
                         s = i % stages
                         b = i % 2
                         valid = at[END] - row - c * C
+                        diagonal[0] = 0.0
+                        if t < T.min(valid, C):
+                            diagonal[0] = T.cast(beta[row + c * C + t, h], f32)
                         T.mbarrier_wait_parity(full[s], (i // stages) % 2)
                         if normalize:
                             square[0] = T.call_extern(
@@ -290,6 +296,7 @@ def reverse(*, halves, dtype="bfloat16", normalize=False, store=True):
                         )
                         if t < C:
                             G = gs[s, t]
+                            lost[b, t] = diagonal[0] - T.cast(as_[s, t, t], f32)
                             if normalize:
                                 ein[b, t] = -T.exp2(G) * rs[s, t]
                                 eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]

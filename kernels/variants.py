@@ -94,6 +94,7 @@ def variants(
     yield from surroundings(key_heads, value_heads, dtype)
     for norm in normalize:
         common = {"dtype": dtype, "normalize": norm}
+        chain = {"beta_dtype": beta_dtype, **common}
         yield Variant(
             "prepare",
             {
@@ -106,10 +107,10 @@ def variants(
         yield Variant("summary", common)
         for halves in (1, 2):
             yield Variant("recurrence", {"value_dim": 128, "halves": halves, **common})
-            yield Variant("replay", {"halves": halves, **common})
-            yield Variant("reverse", {"halves": halves, "store": True, **common})
-        yield Variant("reverse", {"halves": 2, "store": False, **common})
-        last = {"beta_dtype": beta_dtype, "processors": processors, **common}
+            yield Variant("replay", {"halves": halves, **chain})
+            yield Variant("reverse", {"halves": halves, "store": True, **chain})
+        yield Variant("reverse", {"halves": 2, "store": False, **chain})
+        last = {"processors": processors, **chain}
         yield Variant("gradients", {"ratio": value_heads // key_heads, **last})
         yield Variant("beta_gradient", {"smallest": SMALLEST_BETA[dtype], **last})
     yield Variant("scan", {})

@@ -155,8 +155,9 @@ def _chunk(q, k, g, beta, rq, rk, scale, rd) -> _Chunk:
     eye = torch.eye(len(g), dtype=q.dtype, device=q.device)
     L = (beta[:, None] * rk[:, None] * rk * KK).tril(-1)
     inverse = torch.linalg.solve_triangular(eye + L, eye, upper=False, unitriangular=True)
+    a = rd(D * inverse * beta).tril(-1) + torch.diag(beta)  # its diagonal's rounding is given back
     return _Chunk(
-        rd(D * inverse * beta), (scale * rq[:, None] * rk * D * QK).tril(), D, QK, KK, G.exp(),
+        a, (scale * rq[:, None] * rk * D * QK).tril(), D, QK, KK, G.exp(),
         (G[-1] - G).exp(), G[-1].exp(), rq, rk,
     )  # fmt: skip
 

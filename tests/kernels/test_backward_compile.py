@@ -12,9 +12,9 @@ pytestmark = pytest.mark.timeout(300)
 # gradients' loop over items, read once an item, and an address or two: never accumulators.
 CASES = {
     "replay": ({"halves": 2, "normalize": True}, 3, 0, 3),
-    "reverse": ({"halves": 2, "normalize": True}, 6, 8, 4),
+    "reverse": ({"halves": 2, "normalize": True}, 6, 0, 4),
     "reverse alone": ({"halves": 1, "normalize": True}, 6, 0, 3),
-    "reverse summary": ({"halves": 2, "normalize": True, "store": False}, 6, 4, 4),
+    "reverse summary": ({"halves": 2, "normalize": True, "store": False}, 6, 8, 4),
     "reverse_scan": ({"entering": False}, 3, 0, 1),
     "reverse_scan entering": ({"entering": True}, 3, 0, 1),
     "gradients": ({"ratio": 4}, 20, 24, 3),
