@@ -13,6 +13,25 @@ from ..distributed import run_ranks
 from .cp_runs import run_sharded
 
 PACKED = [0, 10, 75, 76, 150, 290, 300]
+EXCHANGES = ("ring", "all_to_all", "all_gather", "serial")
+SHARDS = ((None, [128, 172]), (PACKED, [100, 200]), (PACKED, [75, 225]))  # documents, tokens a rank
+
+
+def _on_every_way(rank, size, run, cases):
+    """[(way, packed, what ``run`` returns)]: starting ranks costs more than a case."""
+    return [
+        (f"{cu_seqlens} {sizes} {exchange}", cu_seqlens is not None,
+         run(rank, size, cases[cu_seqlens is not None], cu_seqlens, sizes, exchange))
+        for cu_seqlens, sizes in SHARDS
+        for exchange in EXCHANGES
+    ]  # fmt: skip
+
+
+def every_way(run, cases):
+    """What ``run`` returns on each of two GPUs, for every way to cut and to exchange."""
+    for results in run_ranks(2, _on_every_way, run, cases, backend="nccl", timeout_s=120):
+        assert len(results) == len(SHARDS) * len(EXCHANGES)
+        yield from results
 
 
 def oracle(case, cu_seqlens=None):
@@ -64,16 +83,19 @@ def test_a_step_never_waits_for_the_device(cu_seqlens):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def _torch_engine(*args):
+    return run_sharded(*args, "cuda")
+
+
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("exchange", ["ring", "all_to_all", "all_gather", "serial"])
-@pytest.mark.parametrize(
-    ("cu_seqlens", "sizes"), [(None, [128, 172]), (PACKED, [100, 200]), (PACKED, [75, 225])]
-)
-def test_two_gpus_match_the_recurrence(exchange, cu_seqlens, sizes):
-    case = make_case(300, 1, 4, 6, 8, N=len(cu_seqlens) - 1 if cu_seqlens else 1)
-    ref = oracle(case, cu_seqlens)
-    for got in run_ranks(2, run_sharded, case, cu_seqlens, sizes, exchange, "cuda", backend="nccl"):
-        assert_close(got, ref, 1e-10)
+def test_two_gpus_match_the_recurrence():
+    cases = [make_case(300, 1, 4, 6, 8, N=n) for n in (1, 6)]
+    refs = [
+        oracle(case, cu_seqlens) for case, cu_seqlens in zip(cases, (None, PACKED), strict=True)
+    ]
+    for way, packed, got in every_way(_torch_engine, cases):
+        print(way)
+        assert_close(got, refs[packed], 1e-10)
 
 
 def _serial_against_one_gpu(rank, size):
@@ -107,10 +129,13 @@ def _sync_free_step(rank, size, exchange):
     return True
 
 
+def _sync_free_steps(rank, size):
+    return [_sync_free_step(rank, size, exchange) for exchange in EXCHANGES]
+
+
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("exchange", ["ring", "all_to_all", "all_gather", "serial"])
-def test_a_sharded_step_never_waits_for_the_device(exchange):
-    assert run_ranks(2, _sync_free_step, exchange, backend="nccl") == [True, True]
+def test_a_sharded_step_never_waits_for_the_device():
+    assert run_ranks(2, _sync_free_steps, backend="nccl") == [[True] * 4] * 2
 
 
 def kernel_case(T, N, *, B=1, decay=None):
@@ -164,13 +189,12 @@ def _kernels_over_ranks(rank, size, case, cu_seqlens, sizes, exchange):
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("exchange", ["ring", "all_to_all", "all_gather", "serial"])
-@pytest.mark.parametrize(("cu_seqlens", "sizes"), [(None, [128, 172]), (PACKED, [100, 200])])
-def test_tilelang_engine_over_two_gpus(exchange, cu_seqlens, sizes):
-    case = kernel_case(300, len(cu_seqlens) - 1 if cu_seqlens else 1)
-    ref = list(recurrence_of(case, cu_seqlens))
-    for got in run_ranks(2, _kernels_over_ranks, case, cu_seqlens, sizes, exchange, backend="nccl"):
-        assert_close(got, ref, 8e-3, ("o", "final_state"))
+def test_tilelang_engine_over_two_gpus():
+    cases = [kernel_case(300, n) for n in (1, 6)]
+    refs = [recurrence_of(cases[0]), recurrence_of(cases[1], PACKED)]
+    for way, packed, got in every_way(_kernels_over_ranks, cases):
+        print(way)
+        assert_close(got, list(refs[packed]), 8e-3, ("o", "final_state"))
 
 
 def kernel_gradients(case, context=None, cu_seqlens=None, rank=0):
@@ -236,13 +260,12 @@ def _kernel_gradients_over_ranks(rank, size, case, cu_seqlens, sizes, exchange):
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("exchange", ["ring", "all_to_all", "serial"])
-@pytest.mark.parametrize(("cu_seqlens", "sizes"), [(None, [128, 172]), (PACKED, [100, 200])])
-def test_tilelang_gradients_over_two_gpus(exchange, cu_seqlens, sizes):
-    case = kernel_case(300, len(cu_seqlens) - 1 if cu_seqlens else 1)
-    ref = gradients_of_the_recurrence(case, cu_seqlens)
-    for got in run_ranks(
-        2, _kernel_gradients_over_ranks, case, cu_seqlens, sizes, exchange, backend="nccl"
-    ):
-        errors = overall_errors(got, ref)
-        assert max(errors.values()) < 8e-3, errors
+def test_tilelang_gradients_over_two_gpus():
+    cases = [kernel_case(300, n) for n in (1, 6)]
+    refs = [
+        gradients_of_the_recurrence(cases[0]),
+        gradients_of_the_recurrence(cases[1], PACKED),
+    ]
+    for way, packed, got in every_way(_kernel_gradients_over_ranks, cases):
+        errors = overall_errors(got, refs[packed])
+        assert max(errors.values()) < 8e-3, (way, errors)
