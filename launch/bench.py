@@ -11,6 +11,8 @@ all optional:
                                    all near -1e-4
     sets=2 replays=20 out=docs/results/forward-h200
 
+numerics and model compare errors and whole training steps, cp, timeline and scaling run over GPUs.
+
 Times are medians of CUDA-graph replays; between two replays of one input set another one runs, so
 that nothing is found in the L2 cache.
 """

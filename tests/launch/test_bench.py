@@ -27,6 +27,21 @@ def test_an_unknown_operation_names_those_that_exist():
     assert all(op in run.stderr for op in ("forward", "backward", "step"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["op=model", "kinds=[fast]"], "there are tilelang, torch and fla"),
+        (["op=model", "steps=3"], "steps=3"),
+        (["op=numerics", "kinds=[odd]"], "there are random, slow"),
+    ],
+)
+def test_what_cannot_run_is_refused(arguments, told):
+    pytest.importorskip("tilelang", reason="tilelang is not installed")
+    command = [sys.executable, str(LAUNCH / "bench.py"), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and told in run.stderr, run.stderr
+
+
 @pytest.mark.parametrize("documents", [1, 8, -32])
 def test_documents_fill_the_tokens(timing, documents):
     sizes = timing.lengths(32768, documents)
