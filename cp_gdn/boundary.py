@@ -254,3 +254,17 @@ def return_halo(dhalo: Tensor, context: "CPContext", width: int) -> list[tuple[s
         (slice(low - start, high - start), part)
         for (_, low, high), (_, part) in zip(sends, incoming, strict=True)
     ]
+
+
+def start_exchange_halo(x: Tensor, context: "CPContext", width: int) -> Pending[Tensor]:
+    """:func:`exchange_halo`, while the current stream goes on."""
+    return Pending(partial(exchange_halo, x, context, width), x.device, x, mark(x.device))
+
+
+def start_return_halo(
+    dhalo: Tensor, context: "CPContext", width: int
+) -> Pending[list[tuple[slice, Tensor]]]:
+    """:func:`return_halo`, while the current stream goes on."""
+    return Pending(
+        partial(return_halo, dhalo, context, width), dhalo.device, dhalo, mark(dhalo.device)
+    )

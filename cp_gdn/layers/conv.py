@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..context import CPContext
-from ..ops.causal_conv1d import causal_conv1d
+from ..ops.causal_conv1d import Halo, causal_conv1d, send_halo
 
 
 class CausalConv1d(nn.Module):
@@ -29,6 +29,13 @@ class CausalConv1d(nn.Module):
         split: Sequence[int],
         *,
         cp_context: CPContext | None = None,
+        halo: Halo | None = None,
         engine: str = "auto",
     ) -> tuple[Tensor, ...]:
-        return causal_conv1d(x, self.weight, split=split, cp_context=cp_context, engine=engine)
+        return causal_conv1d(
+            x, self.weight, split=split, cp_context=cp_context, halo=halo, engine=engine
+        )
+
+    def send_halo(self, x: Tensor, cp_context: CPContext | None) -> tuple[Tensor, Halo | None]:
+        """What forward is to be given: x, and the tokens before this shard on their way."""
+        return send_halo(x, cp_context, self.weight.shape[-1] - 1)

@@ -106,12 +106,7 @@ class CPGatedDeltaNet(nn.Module):
             cp_context.check_tokens(hidden_states)
         around = "torch" if self.engine == "torch" else "auto"
         for_qkv, for_z, for_a, for_b = share_copy(hidden_states, 4)
-        q, k, v = self.conv1d(
-            self.in_proj_qkv(for_qkv),
-            (self.key_dim, self.key_dim, self.value_dim),
-            cp_context=cp_context,
-            engine=around,
-        )
+        qkv, halo = self.conv1d.send_halo(self.in_proj_qkv(for_qkv), cp_context)
         z = self.in_proj_z(for_z)
         g, beta = decay_and_strength(
             self.in_proj_a(for_a),
@@ -120,6 +115,13 @@ class CPGatedDeltaNet(nn.Module):
             self.dt_bias,
             engine=around,
         )  # [B, T, Hv]
+        q, k, v = self.conv1d(
+            qkv,
+            (self.key_dim, self.key_dim, self.value_dim),
+            cp_context=cp_context,
+            halo=halo,
+            engine=around,
+        )
         o, _ = chunk_gated_delta_rule(
             q.unflatten(-1, (self.num_k_heads, self.head_k_dim)),
             k.unflatten(-1, (self.num_k_heads, self.head_k_dim)),

@@ -16,65 +16,113 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import boundary
+from ..comm import Pending
 from ..context import CPContext
 from .engines import obstacle, use_kernels
 
 _WIDTH, _MULTIPLE = 4, 4  # taps, and channels of a part, that the kernels take
 
 
-class _Halo(torch.autograd.Function):
-    """[B, T, D] -> the ``width`` tokens before the shard, [B, width, D]; the backward hands their gradient back."""
+class Halo:
+    """The ``width`` tokens before a shard on their way to it, later their gradients on the way back.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, context: CPContext, width: int) -> Tensor:
-        ctx.context, ctx.width, ctx.length = context, width, x.shape[1]
-        return boundary.exchange_halo(x, context, width)
+    Both ways beside whatever the current stream does; :func:`send_halo` makes one.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (dhalo,) = grads
-        dx = dhalo.new_zeros(dhalo.shape[0], ctx.length, dhalo.shape[2])
-        for tokens, part in boundary.return_halo(dhalo, ctx.context, ctx.width):
+    def __init__(self, x: Tensor, context: CPContext, width: int):
+        self._context, self._width = context, width
+        self._tokens = boundary.start_exchange_halo(x.detach(), context, width)
+        self._gradients: Pending[list[tuple[slice, Tensor]]] | None = None
+
+    def tokens(self) -> Tensor:
+        """[B, width, D]"""
+        return self._tokens.wait()
+
+    def give_back(self, dhalo: Tensor) -> None:
+        self._gradients = boundary.start_return_halo(dhalo, self._context, self._width)
+
+    def add_gradients(self, dx: Tensor) -> Tensor:
+        """dx [B, T, D] of the shard, with what the ranks after it gave back."""
+        assert self._gradients is not None
+        for tokens, part in self._gradients.wait():
             dx[:, tokens] += part
-        return dx, None, None
+        return dx
+
+
+def send_halo(x: Tensor, context: CPContext | None, width: int) -> tuple[Tensor, Halo | None]:
+    """x [B, T, D] as it is, to be convolved, and the tokens before it; None where no document crosses a cut.
+
+    What is computed between this call and the convolution hides the exchange, in the backward too.
+    """
+    if context is None or not context.any_crossing:
+        return x, None
+    context.check_tokens(x)
+    halo = Halo(x, context, width)
+    return _Sent.apply(x, halo), halo
+
+
+class _Sent(torch.autograd.Function):
+    """The identity; in the backward, where the gradients of the tokens that others saw arrive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, halo: Halo) -> Tensor:
+        ctx.halo = halo
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.halo.add_gradients(grads[0]), None
+
+
+class _Received(torch.autograd.Function):
+    """[B, T, D] -> its halo [B, width, D], whose gradient returns by way of :class:`_Sent`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, halo: Halo) -> Tensor:
+        ctx.halo = halo
+        return halo.tokens()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.halo.give_back(grads[0])
+        return None, None
 
 
 class _FusedConv(torch.autograd.Function):
-    """x [B, T, D] -> its three parts after convolution and SiLU, the halo fetched and its gradient returned within."""
+    """x [B, T, D] -> its three parts after convolution and SiLU."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, filters: Tensor, sizes: tuple[int, int, int], context: CPContext | None
+        ctx: Any,
+        x: Tensor,
+        filters: Tensor,
+        sizes: tuple[int, int, int],
+        context: CPContext | None,
+        halo: Halo | None,
     ) -> tuple[Tensor, ...]:
         from ..kernels.conv import causal_conv_silu
 
-        ctx.context = context if context is not None and context.any_crossing else None
-        if ctx.context is not None:
-            halo = boundary.exchange_halo(x, ctx.context, _WIDTH - 1)
-        else:
-            halo = x.new_zeros(x.shape[0], _WIDTH - 1, x.shape[2])
-        ctx.packed = context is not None and context.num_documents > 1
-        positions = (
-            (context.position_ids.to(x.device),) if context is not None and ctx.packed else ()
-        )
-        ctx.save_for_backward(x, halo, filters, *positions)
+        ctx.halo = halo
+        before = x.new_zeros(x.shape[0], _WIDTH - 1, x.shape[2]) if halo is None else halo.tokens()
+        packed = context is not None and context.num_documents > 1
+        positions = (context.position_ids.to(x.device),) if context is not None and packed else ()
+        ctx.save_for_backward(x, before, filters, *positions)
         return causal_conv_silu(
-            x, halo, filters.float(), positions[0] if positions else None, sizes
+            x, before, filters.float(), positions[0] if positions else None, sizes
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from ..kernels.conv import causal_conv_silu_backward
 
-        x, halo, filters, *positions = ctx.saved_tensors
+        x, before, filters, *positions = ctx.saved_tensors
         dq, dk, dv = grads
         dx, dhalo, dfilters = causal_conv_silu_backward(
-            x, halo, filters.float(), positions[0] if positions else None, (dq, dk, dv)
+            x, before, filters.float(), positions[0] if positions else None, (dq, dk, dv)
         )
-        if ctx.context is not None:
-            for tokens, part in boundary.return_halo(dhalo, ctx.context, _WIDTH - 1):
-                dx[:, tokens] += part
-        return dx, dfilters.to(filters.dtype), None, None
+        if ctx.halo is not None:
+            ctx.halo.give_back(dhalo)
+        return dx, dfilters.to(filters.dtype), None, None, None
 
 
 @overload
@@ -86,6 +134,7 @@ def causal_conv1d(
     activation: str | None = "silu",
     split: None = None,
     cp_context: CPContext | None = None,
+    halo: Halo | None = None,
     engine: str = "auto",
 ) -> Tensor: ...
 
@@ -99,6 +148,7 @@ def causal_conv1d(
     activation: str | None = "silu",
     split: Sequence[int],
     cp_context: CPContext | None = None,
+    halo: Halo | None = None,
     engine: str = "auto",
 ) -> tuple[Tensor, ...]: ...
 
@@ -111,6 +161,7 @@ def causal_conv1d(
     activation: str | None = "silu",
     split: Sequence[int] | None = None,
     cp_context: CPContext | None = None,
+    halo: Halo | None = None,
     engine: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Depthwise causal convolution along T, one filter a channel.
@@ -121,6 +172,7 @@ def causal_conv1d(
         activation: "silu" or None.
         split: sizes that add to D: return the channels in as many tensors.
         cp_context: carries the shards and the documents; None: one rank, one document a row.
+        halo: of this x, if :func:`send_halo` was called before; otherwise it is fetched here.
         engine: "tilelang" (one kernel each way; Hopper, bf16 or fp16, W = 4, SiLU, no bias, a split in three multiples
             of 4; its products are of ``weight`` as it is, and its results are contiguous), "torch" (``weight`` in the
             dtype of x), or "auto": tilelang where it can.
@@ -156,24 +208,28 @@ def causal_conv1d(
         reason = (
             f"it takes W = {_WIDTH}, SiLU, no bias and a split into three multiples of {_MULTIPLE}"
         )
-    if use_kernels(engine, reason):
+    kernels = use_kernels(engine, reason)
+    if halo is None:
+        x, halo = send_halo(x, cp_context, filters.shape[1] - 1)
+    if kernels:
         assert split is not None
-        return _FusedConv.apply(x, filters, tuple(split), cp_context)
-    y = _convolve(x, filters.to(x.dtype), bias, cp_context)
+        return _FusedConv.apply(x, filters, tuple(split), cp_context, halo)
+    y = _convolve(x, filters.to(x.dtype), bias, cp_context, halo)
     y = F.silu(y) if activation == "silu" else y
     return y if split is None else y.split(list(split), -1)
 
 
 def _convolve(
-    x: Tensor, filters: Tensor, bias: Tensor | None, cp_context: CPContext | None
+    x: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    cp_context: CPContext | None,
+    halo: Halo | None,
 ) -> Tensor:
     B, T, D = x.shape
     width = filters.shape[1] - 1
-    if cp_context is not None and cp_context.any_crossing:
-        halo = _Halo.apply(x, cp_context, width)
-    else:
-        halo = x.new_zeros(B, width, D)
-    padded = torch.cat((halo, x), 1)  # [B, width + T, D]
+    before = x.new_zeros(B, width, D) if halo is None else _Received.apply(x, halo)
+    padded = torch.cat((before, x), 1)  # [B, width + T, D]
     if cp_context is not None and cp_context.num_documents > 1:
         positions = cp_context.position_ids.to(x.device)
         y = x * filters[:, width]

@@ -356,3 +356,32 @@ def test_bad_arguments_are_refused():
     packed = cp_gdn.build_cp_context(seq_len=10, cu_seqlens=(0, 4, 10))
     with pytest.raises(ValueError, match="batch size 2 with 2 packed documents"):
         layer(torch.randn(2, 10, 16), cp_context=packed)
+
+
+def _order_of_work(rank, size):
+    """What the second rank issues, forward and backward: its halo's messages, and the projections."""
+    torch.manual_seed(3)
+    layer = cp_gdn.CPGatedDeltaNet(16, 1, 2, head_k_dim=8, head_v_dim=8)
+    context = cp_gdn.build_cp_context(dist.group.WORLD, seq_len=40)
+    order: list[str] = []
+
+    def named(name, fn):
+        return lambda *args: (order.append(name), fn(*args))[1]
+
+    for name in ("in_proj_qkv", "in_proj_z"):
+        module = getattr(layer, name)
+        module.register_forward_hook(lambda *_, name=name: order.append(name))
+        module.weight.register_hook(lambda _, name=name: order.append(f"d {name}"))
+    with (
+        patch.object(boundary, "exchange_halo", named("halo", boundary.exchange_halo)),
+        patch.object(boundary, "return_halo", named("d halo", boundary.return_halo)),
+    ):
+        x = torch.randn(1, context.num_tokens, 16, requires_grad=True)
+        layer(x, cp_context=context).square().sum().backward()
+    return order
+
+
+def test_the_halo_travels_beside_other_projections():
+    """There and back: it is sent before work that does not need it, and awaited after."""
+    expected = ["in_proj_qkv", "halo", "in_proj_z", "d halo", "d in_proj_z", "d in_proj_qkv"]
+    assert run_ranks(2, _order_of_work) == [expected, expected]
