@@ -2,19 +2,25 @@
 
     o_t = sum_{s <= t, same document} softmax_s(scale q_t . k_s) v_s
 
-Queries stay where they are; every rank gathers the keys and values of the whole sequence, and each
-of its pieces attends to its document from the document's first token up to the piece's own last
-one: a causal mask aligned to the lower right corner, which the flash kernels know, so that no mask
-is stored on the GPU. The gather's backward sums the ranks' gradients and hands each its slice.
+Every rank computes about the same number of scores: the dearest queries of heavy ranks travel to light ones and their
+outputs back (balance.py decides), the gradients of outputs there and those of queries back. A rank gets the keys and
+values that the queries it computes see; their gradients are summed where they belong. That is one batch of messages
+each way, forward and backward.
+
+A run of queries attends to its document from the document's first token up to the run's own last one: a causal mask
+aligned to the lower right corner, which the flash kernels know, so that no mask is stored on the GPU.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from .. import comm
+from ..balance import Plan, plan_for
 from ..context import CPContext
-from ..layout import Piece
 
 _CPU_BLOCK = 512  # queries that share one mask [_CPU_BLOCK, keys] on the CPU
 
@@ -44,22 +50,128 @@ def causal_attention(
             with packed documents.
     """
     _check(q, k, v, cp_context)
-    T = q.shape[1]
     if cp_context is None:
-        pieces: tuple[Piece, ...] = (Piece(0, T, 0, 0, T),)
-        start = 0
-    else:
-        pieces, start = cp_context.pieces, cp_context.start
-        if cp_context.any_crossing:
-            k, v = cp_context.gather(torch.stack((k, v), 2)).unbind(2)  # [B, seq_len, Hkv, D]
-        else:
-            start = 0
-            pieces = tuple(Piece(p.start, p.end, p.doc, p.start, p.end) for p in pieces)
-    outputs = []
-    for p in pieces:
-        known = slice(p.doc_start, start + p.end)
-        outputs.append(_attend(q[:, p.start : p.end], k[:, known], v[:, known], scale))
-    return torch.cat(outputs, 1)
+        return _attend(q, k, v, scale)
+    plan = plan_for(cp_context)
+    runs = iter(_HandOut.apply(q, k, v, plan, cp_context))
+    outputs = [_attend(*run, scale) for run in zip(runs, runs, runs, strict=True)]
+    return _HandBack.apply(plan, cp_context, *outputs)
+
+
+class _Mail:
+    """Messages for one exchange."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.outgoing: list[tuple[int, Tensor]] = []
+        self.incoming: list[tuple[int, Tensor]] = []
+
+    def exchange(self, what: str, context: CPContext) -> None:
+        """Send everything, and fill what the methods below returned."""
+        with comm.operations.named(what):
+            comm.swap(self.outgoing, self.incoming, context)
+
+    def hand_out(self, x: Tensor) -> list[Tensor]:
+        """From this rank's x [T, B, H, D] to the parts [n, B, H, D] of the runs that it computes."""
+        plan, parts = self.plan, []
+        for run in plan.runs:
+            if run.owner == plan.rank:
+                parts.append(x[plan.local(run)])
+            else:
+                parts.append(x.new_empty(run.size, *x.shape[1:]))
+                self.incoming.append((run.owner, parts[-1]))
+        self.outgoing += [(run.rank, x[plan.local(run)].contiguous()) for run in plan.given]
+        return parts
+
+    def hand_back(self, parts: list[Tensor]) -> Tensor:
+        """From the parts of the runs that this rank computed to x [T, B, H, D] of its own tokens."""
+        plan = self.plan
+        x = parts[0].new_empty(plan.num_tokens, *parts[0].shape[1:])
+        for run, part in zip(plan.runs, parts, strict=True):
+            if run.owner == plan.rank:
+                x[plan.local(run)] = part
+            else:
+                self.outgoing.append((run.owner, part.contiguous()))
+        self.incoming += [(run.rank, x[plan.local(run)]) for run in plan.given]
+        return x
+
+    def fetch(self, x: Tensor) -> Tensor:
+        """From this rank's x [T, B, H, D], keys or values, to what its runs see; itself where no other rank has any."""
+        plan = self.plan
+        self.outgoing += [(span.peer, x[plan.local(span)].contiguous()) for span in plan.lent]
+        if not plan.fetched:
+            return x
+        every = x.new_empty(plan.num_keys, *x.shape[1:])
+        for span in plan.kept:
+            every[plan.rows(span)] = x[plan.local(span)]
+        self.incoming += [(span.peer, every[plan.rows(span)]) for span in plan.fetched]
+        return every
+
+    def fetch_back(self, parts: list[Tensor]) -> list[tuple[int, slice, Tensor]]:
+        """From the gradients [m, B, H, D] of what each run sees to their summands at home, for comm.sum_parts."""
+        plan = self.plan
+        every = parts[0].new_zeros(plan.num_keys, *parts[0].shape[1:])
+        for run, part in zip(plan.runs, parts, strict=True):
+            every[plan.seen(run)] += part
+        self.outgoing += [(span.peer, every[plan.rows(span)]) for span in plan.fetched]
+        summands = [(span.peer, plan.local(span), every[plan.rows(span)]) for span in plan.kept]
+        for span in plan.lent:
+            part = every.new_empty(span.size, *every.shape[1:])
+            self.incoming.append((span.peer, part))
+            summands.append((span.peer, plan.local(span), part))
+        return summands
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, T, H, D] with the tokens in front, [T, B, H, D], or back: a stretch of tokens is one block of memory."""
+    return x.transpose(0, 1)
+
+
+class _HandOut(torch.autograd.Function):
+    """From q, k, v of this rank's tokens to those of the runs that it computes: q [B, n, Hq, D] and the m >= n keys and
+    values [B, m, Hkv, D] that they see, run by run."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, context: CPContext
+    ) -> tuple[Tensor, ...]:
+        ctx.plan, ctx.context = plan, context
+        mail = _Mail(plan)
+        queries, keys, values = mail.hand_out(_rows(q)), mail.fetch(_rows(k)), mail.fetch(_rows(v))
+        mail.exchange("queries, keys and values of attention", context)
+        runs = []
+        for run, part in zip(plan.runs, queries, strict=True):
+            runs += [part, keys[plan.seen(run)], values[plan.seen(run)]]
+        return tuple(map(_rows, runs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = list(map(_rows, grads))
+        mail = _Mail(ctx.plan)
+        dq = mail.hand_back(parts[0::3])
+        dk, dv = mail.fetch_back(parts[1::3]), mail.fetch_back(parts[2::3])
+        mail.exchange("gradients of queries, keys and values of attention", ctx.context)
+        sums = (comm.sum_parts(x, ctx.plan.num_tokens) for x in (dk, dv))
+        return _rows(dq), *map(_rows, sums), None, None
+
+
+class _HandBack(torch.autograd.Function):
+    """From the outputs [B, n, Hq, D] of the runs that this rank computed to those of its own tokens, [B, T, Hq, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, context: CPContext, *outputs: Tensor) -> Tensor:
+        ctx.plan, ctx.context = plan, context
+        mail = _Mail(plan)
+        o = mail.hand_back(list(map(_rows, outputs)))
+        mail.exchange("outputs of attention", context)
+        return _rows(o).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        mail = _Mail(ctx.plan)
+        parts = mail.hand_out(_rows(grads[0]))
+        mail.exchange("gradients of outputs of attention", ctx.context)
+        return None, None, *map(_rows, parts)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
