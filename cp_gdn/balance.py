@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 from .context import CPContext
 
 BLOCK = 64  # queries move in multiples, the rows of a kernel's tile
-MIN_KEYS = 4096  # a query that sees fewer keys is computed sooner than moved
+MIN_KEYS = 8192  # a query that sees fewer keys is computed sooner than moved
 TOLERANCE = 0.05  # of the mean that the heaviest rank may have in excess before anything moves
 RESIDUE = 0.01  # of the mean that is not worth another message
 

@@ -8,21 +8,18 @@ values that the queries it computes see; their gradients are summed where they b
 each way, forward and backward.
 
 A run of queries attends to its document from the document's first token up to the run's own last one: a causal mask
-aligned to the lower right corner, which the flash kernels know, so that no mask is stored on the GPU.
+aligned to the lower right corner, which is nowhere stored (flash_attention.py).
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from .. import comm
 from ..balance import Plan, plan_for
 from ..context import CPContext
-
-_CPU_BLOCK = 512  # queries that share one mask [_CPU_BLOCK, keys] on the CPU
+from .flash_attention import attend
 
 
 def causal_attention(
@@ -51,10 +48,11 @@ def causal_attention(
     """
     _check(q, k, v, cp_context)
     if cp_context is None:
-        return _attend(q, k, v, scale)
+        return attend(q, k, v, scale, new_shape=False)
     plan = plan_for(cp_context)
     runs = iter(_HandOut.apply(q, k, v, plan, cp_context))
-    outputs = [_attend(*run, scale) for run in zip(runs, runs, runs, strict=True)]
+    packed = cp_context.num_documents > 1
+    outputs = [attend(*run, scale, new_shape=packed) for run in zip(runs, runs, runs, strict=True)]
     return _HandBack.apply(plan, cp_context, *outputs)
 
 
@@ -110,9 +108,8 @@ class _Mail:
     def fetch_back(self, parts: list[Tensor]) -> list[tuple[int, slice, Tensor]]:
         """From the gradients [m, B, H, D] of what each run sees to their summands at home, for comm.sum_parts."""
         plan = self.plan
-        every = parts[0].new_zeros(plan.num_keys, *parts[0].shape[1:])
-        for run, part in zip(plan.runs, parts, strict=True):
-            every[plan.seen(run)] += part
+        given = [(plan.rank, plan.seen(run), x) for run, x in zip(plan.runs, parts, strict=True)]
+        every = comm.sum_parts(given, plan.num_keys)
         self.outgoing += [(span.peer, every[plan.rows(span)]) for span in plan.fetched]
         summands = [(span.peer, plan.local(span), every[plan.rows(span)]) for span in plan.kept]
         for span in plan.lent:
@@ -172,35 +169,6 @@ class _HandBack(torch.autograd.Function):
         parts = mail.hand_out(_rows(grads[0]))
         mail.exchange("gradients of outputs of attention", ctx.context)
         return None, None, *map(_rows, parts)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Queries [B, n, Hq, D] at the end of m >= n keys [B, m, Hkv, D]."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    n, m = q.shape[2], k.shape[2]
-    gqa = q.shape[1] != k.shape[1]
-    if gqa and q.is_cuda and q.element_size() > 2:
-        # Wide dtypes run in the memory-efficient kernel, which wants as many key as query heads.
-        group = q.shape[1] // k.shape[1]
-        k, v, gqa = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), False
-    if n == m:
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    elif q.is_cuda:
-        corner = causal_lower_right(n, m)
-        o = F.scaled_dot_product_attention(q, k, v, corner, scale=scale, enable_gqa=gqa)
-    else:
-        blocks: list[Tensor] = []
-        for rows in q.split(_CPU_BLOCK, 2):
-            seen = m - n + sum(b.shape[2] for b in blocks) + rows.shape[2]
-            mask = torch.ones(rows.shape[2], seen, dtype=torch.bool).tril(seen - rows.shape[2])
-            keys, values = k[:, :, :seen], v[:, :, :seen]
-            blocks.append(
-                F.scaled_dot_product_attention(
-                    rows, keys, values, mask, scale=scale, enable_gqa=gqa
-                )
-            )
-        o = torch.cat(blocks, 2)
-    return o.transpose(1, 2)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, context: CPContext | None) -> None:

@@ -203,7 +203,9 @@ def test_recomputation_calls_collectives_in_the_same_order_on_all_ranks():
         return run_ranks(2, rank_main)
 
     delta_forward, delta_backward = EXCHANGES[2::-2], EXCHANGES[1::2][:2]
-    softmax_forward, softmax_backward = ("swap", "swap"), ("swap", "swap", *2 * ("sum_parts",))
+    softmax_forward = ("swap", "swap")
+    # of keys and of values: the runs of queries, then the ranks
+    softmax_backward = ("swap", "sum_parts", "sum_parts", "swap", "sum_parts", "sum_parts")
     forward = 3 * delta_forward + softmax_forward
     plain, again = calls(False), calls(True)
     assert plain[0] == plain[1] == [*forward, *softmax_backward, *3 * delta_backward]

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 import cp_gdn
 from cp_gdn import balance, comm
-from cp_gdn.ops import attention
 from cp_gdn.ops.attention import causal_attention
+from cp_gdn.ops.flash_attention import _TwoParts, attend
 from cp_gdn.virtual import run_virtual_ranks
 from tests.distributed import run_ranks
 
@@ -87,7 +87,6 @@ def errors(ours, theirs) -> dict[str, float]:
     return {name: ((a - b).norm() / b.norm()).item() for name, a, b in pairs}
 
 
-@pytest.mark.parametrize("block", [7, 512])
 @pytest.mark.parametrize(
     "cu_seqlens",
     [
@@ -99,12 +98,11 @@ def errors(ours, theirs) -> dict[str, float]:
     ],
 )
 @pytest.mark.parametrize("sizes", [(64,), (20, 44), (20, 20, 24), (1, 19, 30, 14)])
-def test_packed_documents_equal_the_oracle(sizes, cu_seqlens, block):
+def test_packed_documents_equal_the_oracle(sizes, cu_seqlens):
     torch.manual_seed(0)
     q, k, v, w = inputs(1, 64)
     expected = differentiate(lambda *x: oracle(*x, cu_seqlens), q, k, v, w)
-    with patch.object(attention, "_CPU_BLOCK", block):
-        found = errors(on_ranks(sizes, q, k, v, w, cu_seqlens), expected)
+    found = errors(on_ranks(sizes, q, k, v, w, cu_seqlens), expected)
     assert max(found.values()) < TOLERANCE, found
 
 
@@ -276,29 +274,82 @@ def test_bytes_sent_per_rank():
         assert run_ranks(2, _bytes, False) == [(0, 24 * of_keys, 0), (0, 0, 24 * of_keys)]
 
 
+def on_gpu(n, m, dtype, cudnn, D=32):
+    """Queries at the end of more keys: inputs, results and the memory that it took."""
+    q, w = (torch.randn(1, n, 4, D, device="cuda", dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(1, m, 2, D, device="cuda", dtype=dtype) for _ in range(2))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = differentiate(lambda *x: attend(*x, None, new_shape=not cudnn), q, k, v, w)
+    return (q, k, v, w), found, torch.cuda.max_memory_allocated() - before
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
-def test_lower_right_mask_on_the_gpu(dtype, tolerance):
-    """Queries at the end of more keys: right, and with less memory than a mask [n, m] takes."""
+@pytest.mark.parametrize("n", [500, 1300])
+@pytest.mark.parametrize(
+    ("dtype", "cudnn", "D", "tolerance"),
+    [
+        (torch.bfloat16, True, 32, 1e-2),
+        (torch.bfloat16, True, 256, 1e-2),
+        (torch.bfloat16, False, 32, 1e-2),
+        (torch.float32, False, 32, 1e-5),
+    ],
+)
+def test_lower_right_mask_on_the_gpu(dtype, cudnn, D, tolerance, n):
     torch.manual_seed(4)
-
-    def on_gpu(n, m):
-        q, w = (torch.randn(1, n, 4, 32, device="cuda", dtype=dtype) for _ in range(2))
-        k, v = (torch.randn(1, m, 2, 32, device="cuda", dtype=dtype) for _ in range(2))
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        found = differentiate(lambda *x: attention._attend(*x, None), q, k, v, w)
-        return (q, k, v, w), found, torch.cuda.max_memory_allocated() - before
-
-    tensors, found, _ = on_gpu(500, 1300)
-    on_cpu = [x.cpu().double() for x in tensors]
-    expected = differentiate(lambda *x: attention._attend(*x, None), *on_cpu)
+    with patch.object(_TwoParts, "apply", wraps=_TwoParts.apply) as two_parts:
+        tensors, found, _ = on_gpu(n, 1300, dtype, cudnn, D)
+    assert two_parts.called == (cudnn and n < 1300)
+    on_cpu = (x.cpu().double() for x in tensors)
+    expected = differentiate(lambda *x: attend(*x, None, new_shape=False), *on_cpu)
     wrong = errors([x.cpu().double() for x in found], expected)
     assert max(wrong.values()) < tolerance, wrong
 
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cudnn", [True, False])
+def test_no_mask_is_stored_on_the_gpu(cudnn):
     n, m = 8192, 32768
-    used = on_gpu(n, m)[2]
+    used = on_gpu(n, m, torch.bfloat16, cudnn)[2]
     assert used < n * m, f"{used} bytes for {n} queries and {m} keys"
+
+
+def _on_two_gpus(rank, size, cu_seqlens):
+    """Worst relative error of the ranks' o, dq, dk, dv against one GPU's, eagerly and from a graph."""
+    torch.manual_seed(9)
+    T = 16384
+    whole = [
+        torch.randn(1, T, h, 128, device="cuda", dtype=torch.bfloat16).requires_grad_(i < 3)
+        for i, h in enumerate((8, 2, 2, 8))
+    ]
+    context, alone = (
+        cp_gdn.build_cp_context(group, seq_len=T, cu_seqlens=cu_seqlens, device="cuda")
+        for group in (dist.group.WORLD, None)
+    )
+
+    def results(context):
+        *leaves, w = (context.shard(x).detach() for x in whole)
+        leaves = [x.requires_grad_() for x in leaves]
+        o = causal_attention(*leaves, cp_context=context)
+        return [o.detach(), *torch.autograd.grad(o, leaves, w)]
+
+    expected = [context.shard(x) for x in results(alone)]
+    eager = results(context)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(context)
+    graph.replay()
+    moved = sum(run.size for run in balance.plan_for(context).given)
+    return moved, errors(eager, expected), errors(captured, expected)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 900, 12000, 16384)])
+def test_two_gpus_equal_one(cu_seqlens):
+    outs = run_ranks(2, _on_two_gpus, cu_seqlens, backend="nccl")
+    assert sum(moved for moved, _, _ in outs) > 0
+    for _, eager, captured in outs:
+        assert max(*eager.values(), *captured.values()) < 1e-2, (eager, captured)
 
 
 def test_bad_arguments_are_refused():
