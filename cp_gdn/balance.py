@@ -147,6 +147,11 @@ class Plan:
     lent: tuple[Span, ...]
 
     @property
+    def stays(self) -> bool:
+        """Whether it computes its own queries and no others."""
+        return not self.given and all(run.owner == self.rank for run in self.runs)
+
+    @property
     def num_keys(self) -> int:
         """Keys that the rank holds during the call: its own where it fetches none, else those of ``stretches``."""
         if not self.fetched:
