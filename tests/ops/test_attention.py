@@ -1,10 +1,12 @@
 """Causal attention over shards against an explicit masked softmax in float64."""
 
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import cp_gdn
 from cp_gdn import balance, comm
@@ -205,6 +207,23 @@ def test_gradients_of_some_inputs_only():
                 torch.testing.assert_close(found, expected[1 + i], rtol=1e-9, atol=1e-9)
             else:
                 assert all(out[i] is None for out in outs)
+
+
+def test_activation_checkpointing_changes_nothing():
+    torch.manual_seed(10)
+    q, k, v, w = inputs(1, 64)
+
+    def gradients(group, again):
+        context = cp_gdn.build_cp_context(group, seq_len=64, cu_seqlens=(0, 10, 64))
+        call = partial(causal_attention, cp_context=context)
+        if again:
+            call = partial(checkpoint, call, use_reentrant=False)
+        return differentiate(call, *(context.shard(x) for x in (q, k, v, w)))
+
+    with moving():
+        plain, again = (run_virtual_ranks(4, gradients, twice) for twice in (False, True))
+    for ours, theirs in zip(again, plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def own_parts(parts, rows):
