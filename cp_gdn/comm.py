@@ -146,7 +146,7 @@ def _nbytes(*tensors: Tensor) -> int:
 def swap(
     outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]], context: "CPContext"
 ) -> None:
-    """Send and receive (peer, tensor) pairs between neighbours in one batch."""
+    """Send and receive (peer, tensor) pairs in one batch; what goes to one peer arrives in the order of the list."""
     if not outgoing and not incoming:
         return
     group = context.group
@@ -255,6 +255,19 @@ def sum_rows(x: Tensor, context: "CPContext") -> Tensor:
     _scatter_rows(parts, x.contiguous(), [mine] * context.size, sizes, context.group)
     wide = torch.float32 if x.element_size() == 2 else x.dtype
     return parts.view(context.size, mine, *x.shape[1:]).sum(0, dtype=wide).to(x.dtype)
+
+
+def sum_parts(parts: list[tuple[int, slice, Tensor]], rows: int) -> Tensor:
+    """``rows`` rows with every (rank, place, part) added at its place; in rank order, 16-bit types in fp32."""
+    stops = [0, *(place.stop for _, place, _ in parts)]
+    if stops == [*(place.start for _, place, _ in parts), rows]:  # end to end: nothing to add
+        return torch.cat([part for _, _, part in parts])
+    like = parts[0][2]
+    wide = torch.float32 if like.element_size() == 2 else like.dtype
+    total = like.new_zeros(rows, *like.shape[1:], dtype=wide)
+    for _, place, part in sorted(parts, key=lambda part: part[0]):
+        total[place] += part
+    return total.to(like.dtype)
 
 
 # ---- collectives of training ---------------------------------------------------------------------------------------

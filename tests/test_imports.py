@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = {"context", "sharding", "layout", "scan", "comm", "boundary", "virtual", "watchdog"}
+BASE = {
+    "balance",
+    "context",
+    "sharding",
+    "layout",
+    "scan",
+    "comm",
+    "boundary",
+    "virtual",
+    "watchdog",
+}
 LEVELS = {"kernels": 0, "ops": 1, "layers": 2, "models": 3, "train": 4}
 COLLECTIVES = {
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "reduce_scatter",

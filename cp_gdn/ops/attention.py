@@ -2,21 +2,24 @@
 
     o_t = sum_{s <= t, same document} softmax_s(scale q_t . k_s) v_s
 
-Queries stay where they are; every rank gathers the keys and values of the whole sequence, and each
-of its pieces attends to its document from the document's first token up to the piece's own last
-one: a causal mask aligned to the lower right corner, which the flash kernels know, so that no mask
-is stored on the GPU. The gather's backward sums the ranks' gradients and hands each its slice.
+Every rank computes about the same number of scores: the dearest queries of heavy ranks travel to light ones and their
+outputs back (balance.py decides), the gradients of outputs there and those of queries back. A rank gets the keys and
+values that the queries it computes see; their gradients are summed where they belong. That is one batch of messages
+each way, forward and backward.
+
+A run of queries attends to its document from the document's first token up to the run's own last one: a causal mask
+aligned to the lower right corner, which is nowhere stored (flash_attention.py).
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
+from .. import comm
+from ..balance import Plan, plan_for
 from ..context import CPContext
-from ..layout import Piece
-
-_CPU_BLOCK = 512  # queries that share one mask [_CPU_BLOCK, keys] on the CPU
+from .flash_attention import attend
 
 
 def causal_attention(
@@ -44,51 +47,130 @@ def causal_attention(
             with packed documents.
     """
     _check(q, k, v, cp_context)
-    T = q.shape[1]
     if cp_context is None:
-        pieces: tuple[Piece, ...] = (Piece(0, T, 0, 0, T),)
-        start = 0
-    else:
-        pieces, start = cp_context.pieces, cp_context.start
-        if cp_context.any_crossing:
-            k, v = cp_context.gather(torch.stack((k, v), 2)).unbind(2)  # [B, seq_len, Hkv, D]
-        else:
-            start = 0
-            pieces = tuple(Piece(p.start, p.end, p.doc, p.start, p.end) for p in pieces)
-    outputs = []
-    for p in pieces:
-        known = slice(p.doc_start, start + p.end)
-        outputs.append(_attend(q[:, p.start : p.end], k[:, known], v[:, known], scale))
-    return torch.cat(outputs, 1)
+        return attend(q, k, v, scale, new_shape=False)
+    plan = plan_for(cp_context)
+    runs = iter(_HandOut.apply(q, k, v, plan, cp_context))
+    packed = cp_context.num_documents > 1
+    outputs = [attend(*run, scale, new_shape=packed) for run in zip(runs, runs, runs, strict=True)]
+    return _HandBack.apply(plan, cp_context, *outputs)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Queries [B, n, Hq, D] at the end of m >= n keys [B, m, Hkv, D]."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    n, m = q.shape[2], k.shape[2]
-    gqa = q.shape[1] != k.shape[1]
-    if gqa and q.is_cuda and q.element_size() > 2:
-        # Wide dtypes run in the memory-efficient kernel, which wants as many key as query heads.
-        group = q.shape[1] // k.shape[1]
-        k, v, gqa = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), False
-    if n == m:
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    elif q.is_cuda:
-        corner = causal_lower_right(n, m)
-        o = F.scaled_dot_product_attention(q, k, v, corner, scale=scale, enable_gqa=gqa)
-    else:
-        blocks: list[Tensor] = []
-        for rows in q.split(_CPU_BLOCK, 2):
-            seen = m - n + sum(b.shape[2] for b in blocks) + rows.shape[2]
-            mask = torch.ones(rows.shape[2], seen, dtype=torch.bool).tril(seen - rows.shape[2])
-            keys, values = k[:, :, :seen], v[:, :, :seen]
-            blocks.append(
-                F.scaled_dot_product_attention(
-                    rows, keys, values, mask, scale=scale, enable_gqa=gqa
-                )
-            )
-        o = torch.cat(blocks, 2)
-    return o.transpose(1, 2)
+class _Mail:
+    """Messages for one exchange."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.outgoing: list[tuple[int, Tensor]] = []
+        self.incoming: list[tuple[int, Tensor]] = []
+
+    def exchange(self, what: str, context: CPContext) -> None:
+        """Send everything, and fill what the methods below returned."""
+        with comm.operations.named(what):
+            comm.swap(self.outgoing, self.incoming, context)
+
+    def hand_out(self, x: Tensor) -> list[Tensor]:
+        """From this rank's x [T, B, H, D] to the parts [n, B, H, D] of the runs that it computes."""
+        plan, parts = self.plan, []
+        for run in plan.runs:
+            if run.owner == plan.rank:
+                parts.append(x[plan.local(run)])
+            else:
+                parts.append(x.new_empty(run.size, *x.shape[1:]))
+                self.incoming.append((run.owner, parts[-1]))
+        self.outgoing += [(run.rank, x[plan.local(run)].contiguous()) for run in plan.given]
+        return parts
+
+    def hand_back(self, parts: list[Tensor]) -> Tensor:
+        """From the parts of the runs that this rank computed to x [T, B, H, D] of its own tokens."""
+        plan = self.plan
+        if plan.stays:
+            return torch.cat(parts)
+        x = parts[0].new_empty(plan.num_tokens, *parts[0].shape[1:])
+        for run, part in zip(plan.runs, parts, strict=True):
+            if run.owner == plan.rank:
+                x[plan.local(run)] = part
+            else:
+                self.outgoing.append((run.owner, part.contiguous()))
+        self.incoming += [(run.rank, x[plan.local(run)]) for run in plan.given]
+        return x
+
+    def fetch(self, x: Tensor) -> Tensor:
+        """From this rank's x [T, B, H, D], keys or values, to what its runs see; itself where no other rank has any."""
+        plan = self.plan
+        self.outgoing += [(span.peer, x[plan.local(span)].contiguous()) for span in plan.lent]
+        if not plan.fetched:
+            return x
+        every = x.new_empty(plan.num_keys, *x.shape[1:])
+        for span in plan.kept:
+            every[plan.rows(span)] = x[plan.local(span)]
+        self.incoming += [(span.peer, every[plan.rows(span)]) for span in plan.fetched]
+        return every
+
+    def fetch_back(self, parts: list[Tensor]) -> list[tuple[int, slice, Tensor]]:
+        """From the gradients [m, B, H, D] of what each run sees to their summands at home, for comm.sum_parts."""
+        plan = self.plan
+        given = [(plan.rank, plan.seen(run), x) for run, x in zip(plan.runs, parts, strict=True)]
+        every = comm.sum_parts(given, plan.num_keys)
+        self.outgoing += [(span.peer, every[plan.rows(span)]) for span in plan.fetched]
+        summands = [(span.peer, plan.local(span), every[plan.rows(span)]) for span in plan.kept]
+        for span in plan.lent:
+            part = every.new_empty(span.size, *every.shape[1:])
+            self.incoming.append((span.peer, part))
+            summands.append((span.peer, plan.local(span), part))
+        return summands
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, T, H, D] with the tokens in front, [T, B, H, D], or back: a stretch of tokens is one block of memory."""
+    return x.transpose(0, 1)
+
+
+class _HandOut(torch.autograd.Function):
+    """From q, k, v of this rank's tokens to those of the runs that it computes: q [B, n, Hq, D] and the m >= n keys and
+    values [B, m, Hkv, D] that they see, run by run."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, context: CPContext
+    ) -> tuple[Tensor, ...]:
+        ctx.plan, ctx.context = plan, context
+        mail = _Mail(plan)
+        queries, keys, values = mail.hand_out(_rows(q)), mail.fetch(_rows(k)), mail.fetch(_rows(v))
+        mail.exchange("queries, keys and values of attention", context)
+        runs = []
+        for run, part in zip(plan.runs, queries, strict=True):
+            runs += [part, keys[plan.seen(run)], values[plan.seen(run)]]
+        return tuple(map(_rows, runs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = list(map(_rows, grads))
+        mail = _Mail(ctx.plan)
+        dq = mail.hand_back(parts[0::3])
+        dk, dv = mail.fetch_back(parts[1::3]), mail.fetch_back(parts[2::3])
+        mail.exchange("gradients of queries, keys and values of attention", ctx.context)
+        sums = (comm.sum_parts(x, ctx.plan.num_tokens) for x in (dk, dv))
+        return _rows(dq), *map(_rows, sums), None, None
+
+
+class _HandBack(torch.autograd.Function):
+    """From the outputs [B, n, Hq, D] of the runs that this rank computed to those of its own tokens, [B, T, Hq, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, context: CPContext, *outputs: Tensor) -> Tensor:
+        ctx.plan, ctx.context = plan, context
+        mail = _Mail(plan)
+        o = mail.hand_back(list(map(_rows, outputs)))
+        mail.exchange("outputs of attention", context)
+        return _rows(o).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        mail = _Mail(ctx.plan)
+        parts = mail.hand_out(_rows(grads[0]))
+        mail.exchange("gradients of outputs of attention", ctx.context)
+        return None, None, *map(_rows, parts)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, context: CPContext | None) -> None:

@@ -35,12 +35,12 @@ T = 150
 PACKED = (0, 50, 51, 140, T)  # ends on a cut, is one token long, spans three ranks
 SIZES = (50, 30, 70)
 EXCHANGES = ("exchange_states", "exchange_gradients", "exchange_halo", "return_halo")
-EXCHANGES += ("gather_rows", "sum_rows", "send_state", "receive_state")
+EXCHANGES += ("swap", "sum_parts", "send_state", "receive_state")
 
 
 def home(name):
     """The module that an exchange is called through."""
-    return comm if name in ("gather_rows", "sum_rows") else boundary
+    return comm if name in ("swap", "sum_parts") else boundary
 
 
 def slow_decay(model: torch.nn.Module) -> None:
@@ -132,6 +132,7 @@ def test_a_rank_without_targets_takes_part():
     assert found < (1e-10, ""), found
 
 
+sum_parts = comm.sum_parts
 MUTATIONS = {
     "states are zeros": (
         "exchange_states",
@@ -140,7 +141,10 @@ MUTATIONS = {
     "gradients of states are zeros": ("exchange_gradients", lambda dS, *_: torch.zeros_like(dS)),
     "halo is zeros": ("exchange_halo", lambda x, _, n: x.new_zeros(x.shape[0], n, x.shape[2])),
     "gradient of the halo is dropped": ("return_halo", lambda *_: []),
-    "gradient of the gather is not summed": ("sum_rows", lambda x, ctx: x[ctx.start : ctx.end]),
+    "gradients of keys and values are not summed": (
+        "sum_parts",
+        lambda parts, rows: sum_parts([p for p in parts if p[0] == dist.get_rank()], rows),
+    ),
 }
 
 
@@ -199,7 +203,9 @@ def test_recomputation_calls_collectives_in_the_same_order_on_all_ranks():
         return run_ranks(2, rank_main)
 
     delta_forward, delta_backward = EXCHANGES[2::-2], EXCHANGES[1::2][:2]
-    softmax_forward, softmax_backward = EXCHANGES[4:5], EXCHANGES[5:6]
+    softmax_forward = ("swap", "swap")
+    # of keys and of values: the runs of queries, then the ranks
+    softmax_backward = ("swap", "sum_parts", "sum_parts", "swap", "sum_parts", "sum_parts")
     forward = 3 * delta_forward + softmax_forward
     plain, again = calls(False), calls(True)
     assert plain[0] == plain[1] == [*forward, *softmax_backward, *3 * delta_backward]
