@@ -8,6 +8,7 @@ From MANY heads and STEADY chunks on, the length of a segment depends on the num
 shard that is a multiple of it has the segments of the whole sequence, and the same bits come out.
 """
 
+import functools
 from dataclasses import dataclass
 from math import ceil, inf
 
@@ -65,6 +66,7 @@ def _cost(parts: int, chunks: int, lanes: int, halves: int, tiles: int, processo
     return cost
 
 
+@functools.lru_cache(maxsize=1024)
 def plan_segments(
     tokens: int,
     documents: int,

@@ -253,6 +253,11 @@ class TorchRun:
         terms = self._terms
         return terms.v.new_zeros(count, terms.v.shape[1], terms.k.shape[3], terms.v.shape[3])
 
+    def room(self, count: int) -> Tensor:
+        """For states [count, Hv, K, V]; nothing is written there yet."""
+        terms = self._terms
+        return terms.v.new_empty(count, terms.v.shape[1], terms.k.shape[3], terms.v.shape[3])
+
     def open(self, h0: Tensor | None, left: int, right: int, *, summarise: bool) -> None:
         """Start the forward from the states ``h0`` that are known: zero (None: all) where they come late. Without
         ``summarise`` nobody will ask for :meth:`leaving`."""

@@ -48,6 +48,11 @@ class HopperRun:
         q, _, v = self._inputs[:3]
         return q.new_zeros(count, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
 
+    def room(self, count: int) -> Tensor:
+        """For states [count, Hv, K, V]; nothing is written there yet."""
+        q, _, v = self._inputs[:3]
+        return q.new_empty(count, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
     def open(self, h0: Tensor | None, left: int, right: int, *, summarise: bool) -> None:
         from ..kernels.forward import open_forward
 

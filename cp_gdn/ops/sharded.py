@@ -63,7 +63,7 @@ def sharded_forward(
         h0[: cuts.left] = 0
     if context.exchange == "serial":
         run.open(h0, cuts.left, cuts.right, summarise=False)
-        S_in = boundary.receive_state(run.some_states(cuts.each), context)
+        S_in = boundary.receive_state(run.room(cuts.each), context)
         S_out = run.leaving_state(S_in)
         if S_out is not None:
             boundary.send_state(S_out, context)
@@ -79,7 +79,7 @@ def sharded_forward(
             if cuts.right:
                 summary = run.leaving(transition=context.through(context.rank))
             else:
-                summary = Summary(None, run.some_states(cuts.each))
+                summary = Summary(None, run.room(cuts.each))
             pending = boundary.start_exchange_states(summary, context)
         S_in = pending.wait()[0] if pending and cuts.left else None
         o, states = run.close(S_in, final=output_final_state)
@@ -116,7 +116,7 @@ def sharded_backward(
 
     run.open_backward(h0, do, dht, cuts.left, cuts.right)
     if context.exchange == "serial":
-        dS_in = boundary.receive_state(run.some_states(cuts.each), context, reverse=True)
+        dS_in = boundary.receive_state(run.room(cuts.each), context, reverse=True)
         dS_out = run.entering_gradient(dS_in) if cuts.left else None
         if dS_out is not None:
             boundary.send_state(dS_out, context, reverse=True)
@@ -127,7 +127,7 @@ def sharded_backward(
         return out
     pending = None
     if context.any_crossing:
-        dS = run.entering() if cuts.left else run.some_states(cuts.each)
+        dS = run.entering() if cuts.left else run.room(cuts.each)
         run.replay()  # launched first: the device works while the host prepares the messages
         pending = boundary.start_exchange_gradients(dS, transitions, context)
     else:
