@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .comm import Pending, operations, swap
+from .comm import Pending, mark, operations, swap
 from .scan import Summary, apply, scan, transpose
 
 if TYPE_CHECKING:
@@ -39,14 +39,19 @@ def start_exchange_states(
     summary: Summary, context: "CPContext"
 ) -> Pending[tuple[Tensor | None, Transitions]]:
     """:func:`exchange_states`, while the current stream goes on."""
-    return Pending(partial(exchange_states, summary, context), summary.S.device, summary)
+    device = summary.S.device
+    return Pending(partial(exchange_states, summary, context), device, summary, mark(device))
 
 
 def start_exchange_gradients(
-    dS: Tensor, transitions: Transitions, context: "CPContext"
+    dS: Tensor,
+    transitions: Transitions,
+    context: "CPContext",
+    ready: torch.cuda.Event | None,
 ) -> Pending[Tensor | None]:
-    """:func:`exchange_gradients`, while the current stream goes on."""
-    return Pending(partial(exchange_gradients, dS, transitions, context), dS.device, dS)
+    """:func:`exchange_gradients` of a dS that was there at ``ready`` (comm.mark), beside what the current stream
+    does since then and next."""
+    return Pending(partial(exchange_gradients, dS, transitions, context), dS.device, dS, ready)
 
 
 def exchange_states(summary: Summary, context: "CPContext") -> tuple[Tensor | None, Transitions]:

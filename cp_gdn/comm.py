@@ -187,19 +187,27 @@ def _scatter_rows(
 
 
 class Pending(Generic[Result]):
-    """An exchange under way, on a stream of its own where the tensors are on a GPU, while the current stream goes on.
+    """An exchange under way, on a stream of its own where the tensors are on a GPU.
 
+    It starts after ``ready`` (:func:`mark`), so that work that the current stream was given since then runs beside it.
     :meth:`wait` makes the current stream wait for it, not the host, and returns the result; it may be called again.
     """
 
-    def __init__(self, exchange: Callable[[], Result], device: torch.device, inputs: Any):
+    def __init__(
+        self,
+        exchange: Callable[[], Result],
+        device: torch.device,
+        inputs: Any,
+        ready: torch.cuda.Event | None,
+    ):
         self._inputs = inputs  # what the other stream reads must not be freed before the wait
         self._done = None
         if device.type != "cuda":
             self._result = exchange()
             return
         stream = _stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        assert ready is not None
+        stream.wait_event(ready)
         with torch.cuda.stream(stream):
             self._result = exchange()
             self._done = stream.record_event()
@@ -209,6 +217,11 @@ class Pending(Generic[Result]):
             torch.cuda.current_stream().wait_event(self._done)
             self._done = self._inputs = None
         return self._result
+
+
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """Where the current stream stands; None on the CPU."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 @functools.cache

@@ -141,7 +141,7 @@ def open_backward(
         q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
         keys_normalized, open_left, open_right,
     )  # fmt: skip
-    opened.cut = saved.plan.split and v.shape[2] * q.shape[0] < MANY_CHAINS
+    opened.cut = saved.plan.split and not _many(opened)
     if opened.cut:
         _summarise(opened)
     return opened
@@ -227,17 +227,34 @@ def entering_summary(opened: OpenBackward, *, incoming: torch.Tensor | None = No
 
 
 def replay(opened: OpenBackward) -> None:
-    """Replay the states, which needs no gradient that is late; beside the current stream."""
-    x, saved = opened, opened.saved
+    """Replay the states, which needs no gradient that is late.
+
+    Where chains do not fill the GPU it runs beside the current stream: from the beginning, or from
+    here on if somebody waits for what entering_summary found, which must not wait for multiprocessors.
+    """
+    x = opened
+    here = torch.cuda.current_stream(x.q.device)
+    if _many(x):
+        _replay(x)
+        return
     beside = side_stream(x.q.device)
-    beside.wait_event(x.begun)
+    beside.wait_event(here.record_event() if x.open_left else x.begun)
     with torch.cuda.stream(beside):
-        ready(replay_kernel, halves=saved.plan.halves, **x.kind)(
-            x.k, x.v, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens,
-            saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd,
-            saved.plan.segment, x.bits, int(x.initial is not None),
-        )  # fmt: skip
+        _replay(x)
         x.replayed = beside.record_event()
+
+
+def _many(x: OpenBackward) -> bool:
+    return x.v.shape[1] * x.inputs[0].shape[0] >= MANY_CHAINS
+
+
+def _replay(x: OpenBackward) -> None:
+    saved = x.saved
+    ready(replay_kernel, halves=saved.plan.halves, **x.kind)(
+        x.k, x.v, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens,
+        saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd,
+        saved.plan.segment, x.bits, int(x.initial is not None),
+    )  # fmt: skip
 
 
 def _incoming(x: OpenBackward, incoming: torch.Tensor | None) -> torch.Tensor | None:
@@ -295,9 +312,10 @@ def _walk(
 
 def _gradients(x: OpenBackward) -> Gradients:
     saved = x.saved
-    assert x.walked is not None and x.replayed is not None, "replay comes before close_backward"
+    assert x.walked is not None
     dleaving, dv, dh0 = x.walked
-    torch.cuda.current_stream(x.q.device).wait_event(x.replayed)
+    if x.replayed is not None:
+        torch.cuda.current_stream(x.q.device).wait_event(x.replayed)
     tokens, value_heads = x.v.shape[:2]
     q, k, v, g, beta = x.inputs
     dq, dk = torch.empty_like(x.q), torch.empty_like(x.k)

@@ -128,8 +128,9 @@ def sharded_backward(
     pending = None
     if context.any_crossing:
         dS = run.entering() if cuts.left else run.room(cuts.each)
+        ready = comm.mark(dS.device)
         run.replay()  # launched first: the device works while the host prepares the messages
-        pending = boundary.start_exchange_gradients(dS, transitions, context)
+        pending = boundary.start_exchange_gradients(dS, transitions, context, ready)
     else:
         run.replay()
     dS_in = pending.wait() if pending and cuts.right else None
