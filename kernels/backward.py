@@ -1,13 +1,15 @@
 """The backward of the gated delta rule on Hopper: functions to call.
 
-    open_backward      dS_ext of the segments of documents that were cut (backward_reverse.py)
-    entering_summary   dS_ext of the first sequences as a whole (reverse_scan.py)
-    replay             the states, from what the forward saved (backward_replay.py)
-    close_backward     reverse_scan -> reverse -> gradients -> beta_gradient
+    open_backward      the inputs, held for what follows
+    entering_summary   gradients of the states that enter the first sequences, while none comes in
+    replay             the states, from what the forward saved (backward_replay.py), beside the rest
+    close_backward     the dS chain, then all gradients
 
 chunk_gdn_backward is all of them in one go. The stages are for sequences that go on in other calls:
-the gradient of their last state arrives while the states are replayed. Nothing here reads the
-device, and two calls on the same inputs give the same bits.
+the gradient of their last state arrives while the states are replayed. The dS chain runs cut into
+segments (summaries, reverse_scan, reverse), or over whole sequences where there are many: then what
+enters a sequence that nothing comes into is the chain's own result, known before the replay. Nothing
+here reads the device, and two calls on the same inputs give the same bits.
 """
 
 from dataclasses import dataclass
@@ -19,13 +21,15 @@ from .backward_beta import beta_gradient
 from .backward_gradients import SMALLEST_BETA, gradients
 from .backward_replay import replay as replay_kernel
 from .backward_reverse import reverse
-from .common import CHUNK
+from .common import CHUNK, slots
 from .forward import DTYPES, KEY_DIM, Saved
+from .launch import multiprocessors, ready, side_stream
+from .plan import STEADY
 from .reverse_scan import reverse_scan
 
-# Value heads (times rows of a batch) from which dS chains of whole sequences take no longer than the
-# replay beside them: cutting them into segments would only add the segments' summaries.
-ENOUGH_CHAINS = 32
+# Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU, and from
+# which they take no longer than the replay beside them unless they are long or have to wait.
+MANY_CHAINS, ENOUGH_CHAINS = 64, 32
 
 
 class Gradients(NamedTuple):
@@ -77,9 +81,14 @@ class OpenBackward:
     normalize: bool
     open_left: int
     open_right: int
+    truncate: bool
+    begun: torch.cuda.Event  # when the inputs were there
     entering: torch.Tensor  # [NC, Hv, V, K], the state that enters each chunk: replay's
     vd: torch.Tensor  # [NC, Hv, 64, V]
-    external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of the segments
+    cut: bool = False  # the dS chain runs in the forward's segments
+    external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of summarised segments
+    walked: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # dleaving, dv, dh0
+    replayed: torch.cuda.Event | None = None
 
     @property
     def documents(self) -> int:
@@ -130,32 +139,38 @@ def open_backward(
     """
     opened = _open(
         q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
-        open_left, open_right,
+        keys_normalized, open_left, open_right,
     )  # fmt: skip
-    if saved.plan.split or open_left:
-        _summarise(opened, use_qk_l2norm_in_kernel or keys_normalized)
+    opened.cut = saved.plan.split and not _many(opened)
+    if opened.cut:
+        _summarise(opened)
     return opened
 
 
-def _summarise(x: OpenBackward, truncate: bool) -> None:
-    x.external = torch.empty_like(x.saved.states)
+def _summarise(x: OpenBackward) -> None:
+    segment, states = x.saved.plan.summarised, x.saved.states
+    count = slots(x.q.shape[0], x.documents, segment * CHUNK)
+    x.external = states.new_empty(count, *states.shape[1:])
     _reverse(
-        x, x.external, x.dfinal, x.external, x.entering[:1], x.do, halves=2, store=False,
-        truncate=truncate,
+        x, x.external, x.dfinal, x.external, x.entering[:1], x.do, halves=2, segment=segment,
+        store=False,
     )  # fmt: skip
 
 
-def _open(q, k, v, g, beta, saved, do, dfinal, scale, initial_state, normalize, left=0, right=0):
+def _open(
+    q, k, v, g, beta, saved, do, dfinal, scale, initial, normalize, normalized, left=0, right=0
+):  # fmt: skip
     chunks, value_heads = saved.a.shape[:2]
     _check(q, saved, do, dfinal, v.shape[2])
     q_, k_, v_, do_, beta_ = (_flat(x) for x in (q, k, v, do, beta))
+    dfinal, initial = (None if x is None else x.contiguous() for x in (dfinal, initial))
+    entering = q_.new_empty(chunks, value_heads, KEY_DIM, KEY_DIM)
+    vd = q_.new_empty(chunks, value_heads, CHUNK, KEY_DIM)
+    begun = torch.cuda.current_stream(q.device).record_event()
     return OpenBackward(
-        (q, k, v, g, beta), q_, k_, v_, do_, beta_, saved,
-        None if dfinal is None else dfinal.contiguous(),
-        None if initial_state is None else initial_state.contiguous(),
+        (q, k, v, g, beta), q_, k_, v_, do_, beta_, saved, dfinal, initial,
         KEY_DIM**-0.5 if scale is None else scale, normalize, left, right,
-        q_.new_empty(chunks, value_heads, KEY_DIM, KEY_DIM),
-        q_.new_empty(chunks, value_heads, CHUNK, KEY_DIM),
+        normalize or normalized, begun, entering, vd,
     )  # fmt: skip
 
 
@@ -168,15 +183,14 @@ def _reverse(
     dv,
     *,
     halves,
-    segment=None,
+    segment,
     store=True,
-    truncate=False,
 ) -> None:
     x, saved = opened, opened.saved
-    reverse(halves=halves, store=store, **x.kind)(
+    ready(reverse, halves=halves, store=store, **x.kind)(
         x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens, dstates,
         dstates if dfinal is None else dfinal, dinitial, dleaving, dv, x.scale,
-        segment or saved.plan.segment, x.bits, int(dfinal is not None), int(truncate), x.open_left,
+        segment, x.bits, int(dfinal is not None), int(x.truncate and not store), x.open_left,
     )  # fmt: skip
 
 
@@ -187,30 +201,72 @@ def _whole(x: OpenBackward) -> int:
 
 def _scan(opened, incoming, dstates, total, *, entering) -> None:
     x, saved = opened, opened.saved
-    reverse_scan(entering=entering)(
+    ready(reverse_scan, entering=entering)(
         x.external, saved.maps, saved.live, saved.cu_seqlens,
-        x.external if incoming is None else incoming, dstates, total, saved.plan.segment,
+        x.external if incoming is None else incoming, dstates, total, saved.plan.summarised,
         int(incoming is not None),
     )  # fmt: skip
 
 
-def entering_summary(opened: OpenBackward) -> torch.Tensor:
-    """dS_ext [open_left, Hv, K, V] fp32: gradient of the states that enter the first `open_left`
-    sequences while the late gradients are zero (`dfinal` counts)."""
-    total = opened.saved.states.new_empty(opened.open_left, *opened.saved.states.shape[1:])
-    if opened.open_left:
-        _scan(opened, None, opened.external, total, entering=True)
-    return total
+def entering_summary(opened: OpenBackward, *, incoming: torch.Tensor | None = None) -> torch.Tensor:
+    """Gradients [open_left, Hv, K, V] fp32 of the states that enter the first sequences.
+
+    Without `incoming` they are dS_ext, what they are while the late gradients are zero (`dfinal`
+    counts); with it, [open_right, Hv, K, V] fp32, the true ones, step by step as in one call that has
+    all shards; close_backward is then told the same.
+    """
+    x = opened
+    if x.cut or (x.open_right and incoming is None):
+        if x.external is None:
+            _summarise(x)
+        total = x.saved.gate.new_empty(x.open_left, *x.saved.states.shape[1:])
+        if x.open_left:
+            _scan(x, _incoming(x, incoming), x.external, total, entering=True)
+        return total
+    return _walk(x, _incoming(x, incoming))[2][: x.open_left]
 
 
 def replay(opened: OpenBackward) -> None:
-    """Replay the states, which needs no gradient that is late."""
-    x, saved = opened, opened.saved
-    replay_kernel(halves=saved.plan.halves, **x.kind)(
+    """Replay the states, which needs no gradient that is late.
+
+    Where chains do not fill the GPU it runs beside the current stream: from the beginning, or from
+    here on if somebody waits for what entering_summary found, which must not wait for multiprocessors.
+    """
+    x = opened
+    here = torch.cuda.current_stream(x.q.device)
+    if _many(x):
+        _replay(x)
+        return
+    beside = side_stream(x.q.device)
+    beside.wait_event(here.record_event() if x.open_left else x.begun)
+    with torch.cuda.stream(beside):
+        _replay(x)
+        x.replayed = beside.record_event()
+
+
+def _many(x: OpenBackward) -> bool:
+    return x.v.shape[1] * x.inputs[0].shape[0] >= MANY_CHAINS
+
+
+def _replay(x: OpenBackward) -> None:
+    saved = x.saved
+    ready(replay_kernel, halves=saved.plan.halves, **x.kind)(
         x.k, x.v, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens,
         saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd,
         saved.plan.segment, x.bits, int(x.initial is not None),
     )  # fmt: skip
+
+
+def _incoming(x: OpenBackward, incoming: torch.Tensor | None) -> torch.Tensor | None:
+    if incoming is None:
+        return None
+    expected = (x.open_right, x.v.shape[1], KEY_DIM, KEY_DIM)
+    if tuple(incoming.shape) != expected or incoming.dtype != torch.float32:
+        raise ValueError(
+            f"incoming is {tuple(incoming.shape)} {incoming.dtype}; expected {expected} in fp32: "
+            "open_backward was told open_right"
+        )
+    return incoming.contiguous() if x.open_right else None
 
 
 def _final_gradient(opened: OpenBackward, incoming: torch.Tensor | None) -> torch.Tensor | None:
@@ -230,33 +286,36 @@ def close_backward(opened: OpenBackward, *, incoming: torch.Tensor | None = None
     incoming: [open_right, Hv, K, V] fp32, gradients of the states that leave the last `open_right`
         sequences, zero if None.
     """
-    x, saved = opened, opened.saved
-    if incoming is not None:
-        expected = (x.open_right, x.v.shape[1], KEY_DIM, KEY_DIM)
-        if tuple(incoming.shape) != expected or incoming.dtype != torch.float32:
-            raise ValueError(
-                f"incoming is {tuple(incoming.shape)} {incoming.dtype}; expected {expected} in fp32: "
-                "open_backward was told open_right"
-            )
-        incoming = incoming.contiguous() if x.open_right else None
-    dfinal = _final_gradient(x, incoming)
-    dleaving, dv, dh0 = _outputs(x)
-    dstates = saved.states  # nothing is read where no document has a second segment
-    if saved.plan.split:
-        dstates = torch.empty_like(saved.states)
-        _scan(x, incoming, dstates, dstates, entering=False)
-    _reverse(x, dstates, dfinal, dh0, dleaving, dv, halves=saved.plan.halves)
-    return _gradients(x, dleaving, dv, dh0)
+    _walk(opened, _incoming(opened, incoming))
+    return _gradients(opened)
 
 
-def _outputs(x: OpenBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dleaving, dv and dh0, to be written."""
-    dh0 = x.saved.gate.new_empty(x.documents, x.v.shape[1], KEY_DIM, KEY_DIM)
-    return torch.empty_like(x.entering), torch.empty_like(x.v), dh0
+def _walk(
+    x: OpenBackward, incoming: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The dS chain: dleaving, dv and dh0. Once."""
+    if x.walked is None:
+        saved = x.saved
+        dleaving, dv = torch.empty_like(x.entering), torch.empty_like(x.v)
+        dh0 = saved.gate.new_empty(x.documents, x.v.shape[1], KEY_DIM, KEY_DIM)
+        dfinal = _final_gradient(x, incoming)
+        if x.cut:
+            dstates = torch.empty_like(saved.states)
+            _scan(x, incoming, dstates, dstates, entering=False)
+            halves, segment = saved.plan.halves, saved.plan.segment
+        else:
+            dstates, halves, segment = dh0, 1, x.q.shape[0] // CHUNK + 2  # longer than any sequence
+        _reverse(x, dstates, dfinal, dh0, dleaving, dv, halves=halves, segment=segment)
+        x.walked = dleaving, dv, dh0
+    return x.walked
 
 
-def _gradients(x: OpenBackward, dleaving, dv, dh0) -> Gradients:
+def _gradients(x: OpenBackward) -> Gradients:
     saved = x.saved
+    assert x.walked is not None
+    dleaving, dv, dh0 = x.walked
+    if x.replayed is not None:
+        torch.cuda.current_stream(x.q.device).wait_event(x.replayed)
     tokens, value_heads = x.v.shape[:2]
     q, k, v, g, beta = x.inputs
     dq, dk = torch.empty_like(x.q), torch.empty_like(x.k)
@@ -264,13 +323,12 @@ def _gradients(x: OpenBackward, dleaving, dv, dh0) -> Gradients:
     dbeta = torch.empty_like(dg)
     pairs = torch.empty(1 + x.vd.shape[0] * value_heads, dtype=torch.int32, device=q.device)
     pairs[:1].zero_()
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    last = {"processors": processors, **x.kind}
-    gradients(ratio=value_heads // x.k.shape[1], **last)(
+    last = {"processors": multiprocessors(q.device), **x.kind}
+    ready(gradients, ratio=value_heads // x.k.shape[1], **last)(
         x.q, x.k, x.do, x.vd, dv, x.entering, dleaving, saved.gate, saved.rnorm, x.beta,
         saved.cu_seqlens, dq, dk, dg, dbeta, pairs, x.scale, x.bits,
     )  # fmt: skip
-    beta_gradient(smallest=SMALLEST_BETA[DTYPES[q.dtype]], **last)(
+    ready(beta_gradient, smallest=SMALLEST_BETA[DTYPES[q.dtype]], **last)(
         x.q, x.k, x.v, x.do, x.vd, dv, x.entering, dleaving, saved.gate, saved.rnorm, x.beta,
         saved.cu_seqlens, pairs, dbeta, x.scale, x.bits,
     )  # fmt: skip
@@ -302,21 +360,17 @@ def chunk_gdn_backward(
     """Gradients of chunk_gdn_forward, whose arguments q to beta and keywords are repeated here; see
     open_backward. Between its kernels lie 1280 bytes a token and value head, free again on return."""
     x = _open(
-        q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel
+        q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
+        keys_normalized,
     )  # fmt: skip
-    dleaving, dv, dh0 = _outputs(x)
-    here, beside = torch.cuda.current_stream(q.device), torch.cuda.Stream(q.device)
-    beside.wait_stream(here)
-    cut = saved.plan.split and v.shape[2] * q.shape[0] < ENOUGH_CHAINS
-    if cut:
-        _summarise(x, use_qk_l2norm_in_kernel or keys_normalized)
+    chains = v.shape[2] * q.shape[0]
+    long = q.numel() >= STEADY * CHUNK * x.documents * q.shape[2] * q.shape[3]
+    x.cut = saved.plan.split and (
+        chains < ENOUGH_CHAINS or (long and v.shape[2] * x.documents < MANY_CHAINS)
+    )
+    if x.cut:
+        _summarise(x)
     else:
-        _reverse(x, dh0, x.dfinal, dh0, dleaving, dv, halves=1, segment=_whole(x))
-    with torch.cuda.stream(beside):
-        replay(x)
-    if cut:
-        dstates = torch.empty_like(saved.states)
-        _scan(x, None, dstates, dstates, entering=False)
-        _reverse(x, dstates, x.dfinal, dh0, dleaving, dv, halves=saved.plan.halves)
-    here.wait_stream(beside)
-    return _gradients(x, dleaving, dv, dh0)
+        _walk(x, None)
+    replay(x)
+    return close_backward(x)

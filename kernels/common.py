@@ -47,13 +47,14 @@ __device__ __forceinline__ void store_matrix_trans(void* tile, const void* regis
   asm volatile("stmatrix.sync.aligned.x4.trans.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                    shared_address(tile)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
-// Sum of squares of the 64 values that share 128 swizzled bytes with `p`.
+// Sum of squares of the 64 values that share 128 swizzled bytes with `p`. Threads begin at different
+// banks: they read rows 128 bytes apart.
 __device__ __forceinline__ float square_sum(const void* p, bool half) {
   const uint4* row = (const uint4*)((size_t)p & ~(size_t)127);
   float sum = 0;
 #pragma unroll 2
   for (int i = 0; i < 8; ++i) {
-    const uint4 x = row[i];
+    const uint4 x = row[(i + threadIdx.x) & 7];
     const unsigned w[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

@@ -5,20 +5,25 @@
 The bracket runs where documents are cut into segments (plan.py) or continue on other ranks. For the
 latter the forward comes in three stages, between which states travel:
 
-    open_forward      prepare, and the summaries of all segments
-    leaving_summary   S_out = M S_in + S_ext of the sequences that go on elsewhere
+    open_forward      prepare, and the summaries of segments that somebody asks for
+    leaving_summary   S_out = M S_in + S_ext of the sequences that go on elsewhere; or, from the
+    leaving_state     state that came in, S_out itself
     close_forward     from the states that came in: scan and recurrence
+
+Where heads alone fill the GPU the main pass is not cut, and only what leaves is summarised.
 
 Nothing here reads the device: the calls can be captured in a CUDA graph, and metadata of packed
 documents is found by the kernels.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from .common import CHUNK, slots
 from .inputs import DTYPES, KEY_DIM, Packed, check, check_states, pack
+from .launch import multiprocessors, ready
 from .plan import Plan, plan_segments
 from .prepare import prepare
 from .recurrence import recurrence
@@ -30,16 +35,16 @@ from .summary import summary
 class Saved:
     """What a backward needs beside the inputs: 132 bytes a token and value head, and 128 KiB a
     segment and head. `a` and `gate` are read as they are; preparing them again would cost as much
-    time as writing and reading them, and nothing else of the forward is worth its bytes. Where
-    nothing was summarised the last two are placeholders."""
+    time as writing and reading them, and nothing else of the forward is worth its bytes. Where no M
+    is needed any more `maps` and `live` are placeholders."""
 
     a: torch.Tensor  # [NC, Hv, 64, 64], see prepare.py
     gate: torch.Tensor  # [NC, Hv, 64] fp32
     rnorm: torch.Tensor  # [NC, Hk, 64] fp32 if the kernels normalise, else a placeholder
     states: torch.Tensor  # [NS, Hv, K, V] fp32: the state that leaves each segment but the last
     cu_seqlens: torch.Tensor  # [N + 1] int32
-    maps: torch.Tensor  # [NS, Hv, 2, K, K] bf16: M of each segment, high and low half (summary.py)
-    live: torch.Tensor  # [NS, Hv] int32: whether its M was written
+    maps: torch.Tensor  # [NM, Hv, 2, K, K] bf16: M of the summarised segments, high and low half
+    live: torch.Tensor  # [NM, Hv] int32: whether its M was written (summary.py)
     plan: Plan
 
 
@@ -54,7 +59,12 @@ class OpenForward:
     open_right: int
     normalize: bool
     saved: Saved
-    scanned: bool = False  # documents that begin here, by leaving_summary
+    external: torch.Tensor  # [NM, Hv, K, V] fp32, S_ext of the summarised segments
+    maps: torch.Tensor  # Saved's, or larger ones that the backward does not need
+    live: torch.Tensor
+    summarised: bool
+    asked: bool = False  # for what leaves
+    pending: int = 0  # so many documents, the first ones, have no states of segments yet
 
 
 def _prepare(x: Packed, normalize: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,7 +74,8 @@ def _prepare(x: Packed, normalize: bool) -> tuple[torch.Tensor, torch.Tensor, to
     a = torch.empty(chunks, value_heads, CHUNK, CHUNK, dtype=x.k.dtype, device=x.k.device)
     gate = torch.empty(chunks, value_heads, CHUNK, dtype=torch.float32, device=x.k.device)
     rnorm = gate.new_empty(chunks if normalize else 1, key_heads, CHUNK)
-    kernel = prepare(
+    kernel = ready(
+        prepare,
         ratio=value_heads // key_heads,
         dtype=DTYPES[x.k.dtype],
         gate_dtype=DTYPES[x.g.dtype],
@@ -75,17 +86,19 @@ def _prepare(x: Packed, normalize: bool) -> tuple[torch.Tensor, torch.Tensor, to
     return a, gate, rnorm
 
 
-def _scan(opened: OpenForward, incoming, state, transition, *, documents, closing) -> None:
-    x, saved, tiles = opened.packed, opened.saved, opened.shape[-1] // COLUMNS
-    states = saved.states
-    scan()(
-        states, saved.maps, saved.live, x.cu,
-        states if opened.initial is None else opened.initial,
-        states if incoming is None else incoming,
-        states if state is None else state,
-        states if transition is None else transition,
-        saved.plan.segment, tiles if transition is None else 2 * tiles, documents,
-        int(opened.initial is not None), opened.open_left, opened.open_right, int(closing),
+STARTS, CLOSES, PASSES = range(3)  # scan.py
+
+
+def _scan(opened: OpenForward, incoming, state, transition, *, documents, mode) -> None:
+    x, external, tiles = opened.packed, opened.external, opened.shape[-1] // COLUMNS
+    ready(scan)(
+        external, opened.maps, opened.live, x.cu,
+        external if opened.initial is None else opened.initial,
+        external if incoming is None else incoming,
+        external if state is None else state,
+        external if transition is None else transition,
+        opened.saved.plan.summarised, tiles if transition is None else 2 * tiles, documents,
+        int(opened.initial is not None), opened.open_left, opened.open_right, mode,
     )  # fmt: skip
 
 
@@ -101,6 +114,7 @@ def open_forward(
     open_right: int = 0,
     use_qk_l2norm_in_kernel: bool = False,
     keys_normalized: bool = False,
+    summarise: bool = True,
     plan: Plan | None = None,
 ) -> OpenForward:
     """All of a forward that needs neither the queries nor states of other ranks.
@@ -108,7 +122,8 @@ def open_forward(
     Args:
         open_left: how many sequences, the first ones, get their state later: close_forward's
             `incoming`. Their `initial_state` is not read.
-        open_right: how many, the last ones, pass their state on: leaving_summary.
+        open_right: how many, the last ones, pass their state on: leaving_summary, or leaving_state.
+        summarise: False if nobody will ask for leaving_summary.
 
     The other arguments are those of chunk_gdn_forward.
     """
@@ -126,27 +141,37 @@ def open_forward(
             value_heads,
             value_dim,
             packed=cu_seqlens is not None and x.documents > 1,
-            processors=torch.cuda.get_device_properties(k.device).multi_processor_count,
-            summarised=open_right > 0,
+            processors=multiprocessors(k.device),
         )
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     a, gate, rnorm = _prepare(x, normalize)
-    count = slots(tokens, x.documents, plan.segment * CHUNK)
-    states = gate.new_empty(count, value_heads, KEY_DIM, value_dim)
-    used = count if plan.split or open_right else 1
-    maps = torch.empty(
-        used, value_heads, 2, KEY_DIM, KEY_DIM, dtype=torch.bfloat16, device=k.device
+    states = gate.new_empty(
+        slots(tokens, x.documents, plan.segment * CHUNK), value_heads, KEY_DIM, value_dim
     )
-    live = torch.empty(used, value_heads, dtype=torch.int32, device=k.device)
-    if plan.split or open_right:
-        summary(dtype=DTYPES[k.dtype], normalize=normalize)(
-            x.k, x.v, a, gate, rnorm, x.cu, states if initial_state is None else initial_state,
-            states, maps, live, plan.segment, x.bits, int(initial_state is not None),
+    summarised = plan.split or (summarise and open_right > 0)
+    count = slots(tokens, x.documents, plan.summarised * CHUNK) if summarised else 1
+    external = states
+    if summarised and not plan.split:
+        external = states.new_empty(count, *states.shape[1:])
+    maps = torch.empty(
+        count, value_heads, 2, KEY_DIM, KEY_DIM, dtype=torch.bfloat16, device=k.device
+    )
+    live = torch.empty(count, value_heads, dtype=torch.int32, device=k.device)
+    if summarised:
+        ready(summary, dtype=DTYPES[k.dtype], normalize=normalize)(
+            x.k, x.v, a, gate, rnorm, x.cu, external if initial_state is None else initial_state,
+            external, maps, live, plan.summarised, x.bits, int(initial_state is not None),
             int(normalize or keys_normalized), open_left, open_right,
         )  # fmt: skip
-    saved = Saved(a, gate, rnorm, states, x.cu, maps, live, plan)
-    return OpenForward(x, tuple(v.shape), initial_state, open_left, open_right, normalize, saved)
+    kept = maps, live
+    if summarised and not plan.split and open_left == 0:  # their only use is to compose S_ext
+        kept = maps.new_empty(1, *maps.shape[1:]), live.new_empty(1, value_heads)
+    saved = Saved(a, gate, rnorm, states, x.cu, *kept, plan)
+    return OpenForward(
+        x, tuple(v.shape), initial_state, open_left, open_right, normalize, saved, external, maps,
+        live, summarised, pending=x.documents if plan.split else 0,
+    )  # fmt: skip
 
 
 def leaving_summary(
@@ -159,15 +184,35 @@ def leaving_summary(
     is exactly zero for heads whose gates decay below 2^-24 over one of the sequence's segments.
     Once, and before close_forward.
     """
-    assert not opened.scanned, "leaving_summary comes once"
+    assert not opened.asked, "leaving_summary comes once"
     x, count, gate = opened.packed, opened.open_right, opened.saved.gate
     heads, value_dim = opened.shape[-2:]
     state = gate.new_empty(count, heads, KEY_DIM, value_dim)
     M = gate.new_empty(count, heads, KEY_DIM, KEY_DIM) if transition else None
     if count:
-        _scan(opened, None, state, M, documents=x.documents, closing=False)
-        opened.scanned = True
+        assert opened.summarised, "open_forward was told that nobody asks"
+        _scan(opened, None, state, M, documents=x.documents, mode=STARTS)
+        opened.asked, opened.pending = True, min(opened.pending, opened.open_left)
     return M, state
+
+
+def leaving_state(
+    opened: OpenForward, *, incoming: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """States [open_right, Hv, K, V] fp32 that leave the last sequences, from those that enter the
+    first ones; None where only close_forward finds them, as final states of the main pass.
+
+    Step by step what one call would do that has all shards, if shards are whole segments. Once,
+    before close_forward and instead of leaving_summary.
+    """
+    assert not opened.asked, "leaving_state comes once"
+    x, plan = opened.packed, opened.saved.plan
+    if not plan.split or not opened.open_right:
+        return None
+    state = opened.external.new_empty(opened.open_right, *opened.external.shape[1:])
+    _scan(opened, incoming, state, None, documents=x.documents, mode=PASSES)
+    opened.asked, opened.pending = True, 0
+    return state
 
 
 def close_forward(
@@ -198,29 +243,56 @@ def close_forward(
     if incoming is not None:
         check_states(incoming, (open_left, value_heads, KEY_DIM, value_dim), "incoming")
         incoming = incoming.contiguous()
-    initial, plan, states = opened.initial, saved.plan, saved.states
-    documents = open_left if opened.scanned else x.documents
+    plan, states = saved.plan, saved.states
     exact = 1 if open_left else 2  # segments of a document that need no scan
-    if plan.split and documents and tokens > exact * plan.segment * CHUNK:
-        _scan(opened, incoming, None, None, documents=documents, closing=True)
+    if opened.pending and tokens > exact * plan.segment * CHUNK:
+        _scan(opened, incoming, None, None, documents=opened.pending, mode=CLOSES)
     o = torch.empty_like(x.v)
     final = None
     if output_final_state:
         final = states.new_empty(x.documents, value_heads, KEY_DIM, value_dim)
-    kernel = recurrence(
+    scale = KEY_DIM**-0.5 if scale is None else scale
+    q = q.reshape(x.k.shape).contiguous()
+    length = plan.segment * CHUNK
+    if plan.split or x.documents > 1 or tokens <= length:
+        _main(opened, q, x, saved, opened.initial, incoming, states, o, final, scale)
+    else:
+        _one_after_another(opened, q, incoming, o, final, scale, length)
+    return o.view(opened.shape), final, saved
+
+
+def _main(opened, q, x, saved, initial, incoming, states, o, final, scale) -> None:
+    kernel = ready(
+        recurrence,
         dtype=DTYPES[x.k.dtype],
-        value_dim=value_dim,
-        halves=plan.halves,
+        value_dim=x.v.shape[-1],
+        halves=saved.plan.halves,
         normalize=opened.normalize,
     )
     kernel(
-        q.reshape(x.k.shape).contiguous(), x.k, x.v, saved.a, saved.gate, saved.rnorm, x.cu,
+        q, x.k, x.v, saved.a, saved.gate, saved.rnorm, x.cu,
         states if initial is None else initial, states if incoming is None else incoming,
-        states, o, states if final is None else final,
-        KEY_DIM**-0.5 if scale is None else scale, plan.segment, x.bits,
-        int(initial is not None), int(output_final_state), open_left,
+        states, o, states if final is None else final, scale, saved.plan.segment, x.bits,
+        int(initial is not None), int(final is not None),
+        0 if incoming is None else opened.open_left,
     )  # fmt: skip
-    return o.view(opened.shape), final, saved
+
+
+def _one_after_another(opened, q, incoming, o, final, scale, length) -> None:
+    """The main pass of one sequence, its segments in launches of their own: the states between them
+    are those that a shard of this length would send, and the backward replays from them."""
+    x, saved, initial = opened.packed, opened.saved, opened.initial
+    tokens = q.shape[0]
+    for i, begin in enumerate(range(0, tokens, length)):
+        rows = slice(begin, begin + length)
+        chunks = slice(begin // CHUNK, (begin + length) // CHUNK)
+        state = saved.states[i : i + 1]
+        part = Packed(x.k[rows], x.v[rows], x.g, x.beta, (x.cu - begin).clamp(0, length), 1)
+        rnorm = saved.rnorm[chunks] if opened.normalize else saved.rnorm
+        cut = dataclasses.replace(saved, a=saved.a[chunks], gate=saved.gate[chunks], rnorm=rnorm)
+        leaving = state if begin + length < tokens else final
+        _main(opened, q[rows], part, cut, initial, incoming, state, o[rows], leaving, scale)
+        initial, incoming = state, None
 
 
 def chunk_gdn_forward(

@@ -3,8 +3,12 @@
 A segment boundary costs a summary (and, where the gates decay slowly, its M) plus a step of the
 scan; too few segments leave multiprocessors idle. Document lengths live on the device, so the plan
 assumes equal ones; longer documents than that are cut into more segments, never into longer ones.
+
+From MANY heads and STEADY chunks on, the length of a segment depends on the number of heads alone: a
+shard that is a multiple of it has the segments of the whole sequence, and the same bits come out.
 """
 
+import functools
 from dataclasses import dataclass
 from math import ceil, inf
 
@@ -22,42 +26,47 @@ SCAN_STEP_US = 2.2
 # Share of heads assumed to decay too slowly for truncation. Gates are unknown here: at 32768 tokens
 # of 32 heads 8 segments are best by 3 % if few heads are slow, 3 or 4 by 10 % if all are.
 SLOW_HEADS = 0.7
-FEWEST = 4  # segments where all are summarised: chains side by side, as much work as one
+MANY, STEADY = 32, 512  # heads times sequences; chunks
+# Where the main pass is not cut, its summaries are: this many chains side by side are as much work
+# as one, and heads that decay within a segment need but the last one.
+FEWEST, SUMMARY = 4, 128  # segments; chunks a segment at most
 # Of a packed batch: documents shorter than this are left whole, a summary's launch costs as much.
 WHOLE = 128  # chunks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`segment` chunks a segment, `halves` blocks of 64 value columns a CTA of the main pass;
-    without `split` no document has more than one segment, and there is nothing to summarise."""
+    """`segment` chunks a segment, `halves` blocks of 64 value columns a CTA of the main pass.
+
+    With `split` segments run side by side, from states that summaries and a scan give them. Without,
+    heads alone fill the GPU: segments run one after another. What such sequences do to a state that
+    comes later is then summarised in segments of `summary` chunks."""
 
     segment: int
     halves: int
     split: bool
+    summary: int = SUMMARY
+
+    @property
+    def summarised(self) -> int:
+        """Chunks a segment of the summaries."""
+        return self.segment if self.split else self.summary
 
 
-def _cost(
-    parts: int,
-    chunks: int,
-    lanes: int,
-    halves: int,
-    tiles: int,
-    processors: int,
-    summarised: bool,
-) -> float:
+def _cost(parts: int, chunks: int, lanes: int, halves: int, tiles: int, processors: int) -> float:
     segment = ceil(chunks / parts)
     ctas = lanes * parts * tiles // halves
     waves = ceil(ctas / processors)
     cost = waves * (segment * CHUNK_US[halves] + WAVE_US)
-    if parts > 1 or summarised:
-        summaries = 2 * parts - (0 if summarised else 3)  # S_ext and M, a sequence and head
+    if parts > 1:
+        summaries = 2 * parts - 3  # S_ext and M, a sequence and head
         chains = max(1, SLOW_HEADS * lanes * summaries / processors)
         cost += SPLIT_US + SCAN_STEP_US * max(0, parts - 2) + chains * segment * SUMMARY_CHUNK_US
-        cost += SUMMARY_WAVE_US * (parts if summarised else parts - 1) * lanes / processors
+        cost += SUMMARY_WAVE_US * (parts - 1) * lanes / processors
     return cost
 
 
+@functools.lru_cache(maxsize=1024)
 def plan_segments(
     tokens: int,
     documents: int,
@@ -66,21 +75,23 @@ def plan_segments(
     *,
     packed: bool,
     processors: int,
-    summarised: bool = False,
 ) -> Plan:
-    """Segment length for `documents` sequences of `tokens` in all; `packed` ones differ in length.
-    `summarised`: all their segments have to be, whatever the plan."""
+    """Segment length for `documents` sequences of `tokens` in all; `packed` ones differ in length."""
     chunks = max(1, ceil(tokens / documents / CHUNK))
     tiles = value_dim // 64
     lanes = documents * value_heads
-    best, plan = inf, Plan(chunks, 1, False)
+    steady = min(chunks, STEADY) if lanes >= MANY else chunks
+    summary = min(SUMMARY, ceil(chunks / FEWEST))
+    best, plan = inf, Plan(steady, 1, False, summary)
     for halves in (1, 2):
         if tiles % halves:
             continue
-        for parts in range(min(chunks, FEWEST if summarised else 1), min(chunks, 64) + 1):
-            cost = _cost(parts, chunks, lanes, halves, tiles, processors, summarised)
+        for parts in range(1, min(steady, 64) + 1):
+            cost = _cost(parts, steady, lanes, halves, tiles, processors)
             if cost < best:
-                best, plan = cost, Plan(ceil(chunks / parts), halves, parts > 1)
+                best, plan = cost, Plan(ceil(steady / parts), halves, parts > 1, summary)
+    if not plan.split and documents > 1:  # rows of a batch
+        plan = Plan(chunks, plan.halves, False, summary)
     if packed:  # lengths differ: cut whatever exceeds half of a multiprocessor's share
         share = ceil(tokens / CHUNK * value_heads * tiles / plan.halves / processors)
         longest = max(plan.segment, ceil(share / 2), min(share, WHOLE))

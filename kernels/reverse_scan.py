@@ -8,8 +8,8 @@ accumulators of one warpgroup; they and M enter the products as two bf16 numbers
     entering = 0   writes `dstates` of all segments but a document's last. `incoming` are gradients of
                    the states that leave the last `open_right` documents, if `has_incoming`; elsewhere a
                    last segment's dS_ext counts dfinal already and its M is not asked for.
-    entering = 1   writes `total`, the gradients of the states that enter the first documents, while
-                   nothing comes in.
+    entering = 1   writes `total`, the gradients of the states that enter the first documents, from
+                   `incoming`, or while nothing comes in.
 """
 
 import tilelang
@@ -63,10 +63,8 @@ def reverse_scan(*, entering=False):
             count = T.max(T.truncdiv(end - begin + block - 1, block), 1)
             column = tile * COLS
             # the steps are segments start - 1, ..., stop: late gradients pass the last one, too
-            late = False if entering else (has_incoming != 0 and doc >= N1 - 1 - NI)
-            start = count - 1
-            if not entering:
-                start = T.if_then_else(late, count, count - 1)
+            late = has_incoming != 0 and doc >= N1 - 1 - NI
+            start = T.if_then_else(late, count, count - 1)
             stop = 0 if entering else 1
             for x in T.serial(T.ceildiv(start, 128)):
                 if x * 128 + tx < start:

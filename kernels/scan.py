@@ -10,6 +10,7 @@ step runs. A segment whose M vanished (live = 0) needs no step.
     closing = 0   what leaves the last `open_right` documents: `total_state` and, with eight tiles
                   instead of four, `total_map`, composed of all their segments. Documents that
                   begin here are scanned in place on the way and need no closing.
+    closing = 2   both in one go, `total_state` from the true `incoming` ones.
 """
 
 import tilelang
@@ -66,7 +67,7 @@ def scan():
             column = tile % (V // COLS) * COLS
             is_map = tile >= V // COLS
             arrives = doc < open_left
-            leaves = closing == 0 and doc >= N1 - 1 - open_right
+            leaves = closing != 1 and doc >= N1 - 1 - open_right
             out = doc - (N1 - 1 - open_right)
             writes = T.alloc_local((1,), i32)  # states below this segment are replaced
             writes[0] = count - 1

@@ -253,8 +253,14 @@ class TorchRun:
         terms = self._terms
         return terms.v.new_zeros(count, terms.v.shape[1], terms.k.shape[3], terms.v.shape[3])
 
-    def open(self, h0: Tensor | None, left: int, right: int) -> None:
-        """Start the forward from the states ``h0`` that are known: zero (None: all) where they come late."""
+    def room(self, count: int) -> Tensor:
+        """For states [count, Hv, K, V]; nothing is written there yet."""
+        terms = self._terms
+        return terms.v.new_empty(count, terms.v.shape[1], terms.k.shape[3], terms.v.shape[3])
+
+    def open(self, h0: Tensor | None, left: int, right: int, *, summarise: bool) -> None:
+        """Start the forward from the states ``h0`` that are known: zero (None: all) where they come late. Without
+        ``summarise`` nobody will ask for :meth:`leaving`."""
         self._h0 = self.some_states(self.num_sequences) if h0 is None else h0
         self._left, self._right = left, right
 
@@ -264,6 +270,11 @@ class TorchRun:
         S = final_state(self._terms, self._layout, self._h0[-self._right :], *span)
         M = transition_of(self._terms, self._layout, *span) if transition else None
         return Summary(M, S)
+
+    def leaving_state(self, incoming: Tensor | None) -> Tensor | None:
+        """State of the trailing sequences from the late states of the leading ones, if :meth:`close` would not have it
+        as soon: here it has."""
+        return None
 
     def close(self, incoming: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor]:
         """Outputs [B, T, Hv, V] in the dtype of v, and final states, from the late states of the leading sequences."""
@@ -290,6 +301,10 @@ class TorchRun:
             self._dht[: self._left],
             *self._positions(0, self._left),
         )
+
+    def entering_gradient(self, incoming: Tensor | None) -> Tensor | None:
+        """The true gradient of those states, if :meth:`close_backward` would not have it as soon: here it has."""
+        return None
 
     def replay(self) -> None:
         """What the backward can do before late gradients come: nothing on this engine."""

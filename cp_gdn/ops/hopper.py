@@ -33,22 +33,27 @@ class HopperRun:
     ``kept`` and ``plan`` are what the forward kernels save for the backward ones.
     """
 
-    kept: tuple[Tensor, ...] = ()
+    kept: Sequence[Tensor] = ()
     plan: Any = None
 
     def __init__(self, inputs: Sequence[Tensor], scale: float, normalize: bool, context: CPContext):
         q, k, v, g, beta = inputs
         self._inputs, self._scale, self._normalize = (q, k, v, g, beta), scale, normalize
-        packed = len(context.pieces) > 1
-        self._offsets = context.local_offsets.to(q.device) if packed else None
-        self.num_sequences = len(context.pieces) if packed else q.shape[0]
+        rows = q.shape[0]
+        self._offsets = context.local_offsets.to(q.device) if rows == 1 else None
+        self.num_sequences = len(context.pieces) if rows == 1 else rows
 
     def some_states(self, count: int) -> Tensor:
         """Zeros [count, Hv, K, V]."""
         q, _, v = self._inputs[:3]
         return q.new_zeros(count, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
 
-    def open(self, h0: Tensor | None, left: int, right: int) -> None:
+    def room(self, count: int) -> Tensor:
+        """For states [count, Hv, K, V]; nothing is written there yet."""
+        q, _, v = self._inputs[:3]
+        return q.new_empty(count, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+    def open(self, h0: Tensor | None, left: int, right: int, *, summarise: bool) -> None:
         from ..kernels.forward import open_forward
 
         self._opened = open_forward(
@@ -58,12 +63,18 @@ class HopperRun:
             open_left=left,
             open_right=right,
             use_qk_l2norm_in_kernel=self._normalize,
+            summarise=summarise,
         )
 
     def leaving(self, *, transition: bool) -> Summary:
         from ..kernels.forward import leaving_summary
 
         return Summary(*leaving_summary(self._opened, transition=transition))
+
+    def leaving_state(self, incoming: Tensor | None) -> Tensor | None:
+        from ..kernels.forward import leaving_state
+
+        return leaving_state(self._opened, incoming=incoming)
 
     def close(self, incoming: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor]:
         """Outputs [B, T, Hv, V]; final states if asked for."""
@@ -77,7 +88,7 @@ class HopperRun:
             output_final_state=final,
         )
         names = [field.name for field in dataclasses.fields(saved) if field.name != "plan"]
-        self.kept, self.plan = tuple(getattr(saved, name) for name in names), saved.plan
+        self.kept, self.plan = [getattr(saved, name) for name in names], saved.plan
         return o, states
 
     def open_backward(
@@ -100,10 +111,12 @@ class HopperRun:
         if self._all_known is None:
             self._opened = call(open_left=left, open_right=right)
 
-    def entering(self) -> Tensor:
+    def entering(self, incoming: Tensor | None = None) -> Tensor:
         from ..kernels.backward import entering_summary
 
-        return entering_summary(self._opened)
+        return entering_summary(self._opened, incoming=incoming)
+
+    entering_gradient = entering
 
     def replay(self) -> None:
         from ..kernels.backward import replay

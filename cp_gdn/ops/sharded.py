@@ -3,6 +3,8 @@
     forward     open (everything that no incoming state enters), S_in[r] from the summaries of the ranks before r, close
     backward    open, dS_in[r] from the reverse summaries of the ranks after r; the states are replayed meanwhile; close
 
+In the exchange "serial" nothing is summarised for others: what leaves is found from what entered.
+
 The local sequences are the rows of the batch, or the pieces of packed documents. States cross only at the ends of a
 shard: into the first piece and out of the last one, or in and out of every row. The exchange runs on a stream of its
 own; only a rank that receives waits for it before it closes.
@@ -60,25 +62,29 @@ def sharded_forward(
         h0 = initial_state[documents(context, count)].clone()
         h0[: cuts.left] = 0
     if context.exchange == "serial":
-        S_in = boundary.receive_state(run.some_states(cuts.each), context)
-        h0 = _with(h0, cuts.entering, S_in, run)
-        run.open(h0, 0, 0)
-        o, states = run.close(None, final=True)
-        boundary.send_state(states[cuts.leaving], context)
+        run.open(h0, cuts.left, cuts.right, summarise=False)
+        S_in = boundary.receive_state(run.room(cuts.each), context)
+        S_out = run.leaving_state(S_in)
+        if S_out is not None:
+            boundary.send_state(S_out, context)
+        late = S_out is None and cuts.right > 0
+        o, states = run.close(S_in, final=output_final_state or late)
+        if late:
+            boundary.send_state(states[cuts.leaving], context)
         transitions = boundary.Transitions()
     else:
-        run.open(h0, cuts.left, cuts.right)
+        run.open(h0, cuts.left, cuts.right, summarise=True)
         pending = None
         if context.any_crossing:
             if cuts.right:
                 summary = run.leaving(transition=context.through(context.rank))
             else:
-                summary = Summary(None, run.some_states(cuts.each))
+                summary = Summary(None, run.room(cuts.each))
             pending = boundary.start_exchange_states(summary, context)
         S_in = pending.wait()[0] if pending and cuts.left else None
         o, states = run.close(S_in, final=output_final_state)
         transitions = pending.wait()[1] if pending else boundary.Transitions()
-        h0 = _with(h0, cuts.entering, S_in, run)
+    h0 = _with(h0, cuts.entering, S_in, run)
 
     if not output_final_state:
         return o, None, h0, transitions
@@ -108,17 +114,20 @@ def sharded_backward(
         dht = dfinal[documents(context, count)].clone()
         dht[count - cuts.right :] = 0
 
-    if context.exchange == "serial":
-        dS_in = boundary.receive_state(run.some_states(cuts.each), context, reverse=True)
-        dht = _with(dht, cuts.leaving, dS_in, run)
-        run.open_backward(h0, do, dht, 0, 0)
-        out = run.close_backward(None)
-        boundary.send_state(out.dh0[cuts.entering], context, reverse=True)
-        return out
     run.open_backward(h0, do, dht, cuts.left, cuts.right)
+    if context.exchange == "serial":
+        dS_in = boundary.receive_state(run.room(cuts.each), context, reverse=True)
+        dS_out = run.entering_gradient(dS_in) if cuts.left else None
+        if dS_out is not None:
+            boundary.send_state(dS_out, context, reverse=True)
+        run.replay()
+        out = run.close_backward(dS_in)
+        if dS_out is None:
+            boundary.send_state(out.dh0[cuts.entering], context, reverse=True)
+        return out
     pending = None
     if context.any_crossing:
-        dS = run.entering() if cuts.left else run.some_states(cuts.each)
+        dS = run.entering() if cuts.left else run.room(cuts.each)
         ready = comm.mark(dS.device)
         run.replay()  # launched first: the device works while the host prepares the messages
         pending = boundary.start_exchange_gradients(dS, transitions, context, ready)

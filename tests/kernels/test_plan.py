@@ -30,13 +30,28 @@ def test_unequal_documents_are_always_cut():
     assert plan.split
 
 
-def test_summaries_that_are_needed_anyway_are_cut():
-    """A context-parallel call summarises every chunk: in segments side by side, not in one chain."""
-    for heads in (8, 32, 64):
-        plan = plan_module.plan_segments(
-            32768, 1, heads, 128, packed=False, processors=132, summarised=True
-        )
-        assert plan.split and plan.segment <= 128
+def test_a_shard_has_the_segments_of_the_whole_sequence():
+    """From STEADY chunks on, so that two GPUs can give the bits of one."""
+    for heads in (32, 40, 48, 64, 128):
+        plans = [
+            plan_module.plan_segments(tokens, 1, heads, 128, packed=False, processors=132)
+            for tokens in (32768, 65536, 131072)
+        ]
+        assert plans[0] == plans[1] == plans[2]
+        if heads in (32, 64, 128):
+            assert plan_module.STEADY % plans[0].segment == 0
+
+
+def test_heads_that_fill_the_gpu_are_summarised_in_segments_of_their_own():
+    plan = plan_module.plan_segments(32768, 1, 64, 128, packed=False, processors=132)
+    assert not plan.split and plan.segment == 512 and plan.summarised == plan.summary == 128
+    few = plan_module.plan_segments(32768, 1, 32, 128, packed=False, processors=132)
+    assert few.split and few.summarised == few.segment
+
+
+def test_rows_of_a_batch_are_not_run_in_parts():
+    plan = plan_module.plan_segments(2 * 65536, 2, 64, 128, packed=False, processors=132)
+    assert not plan.split and plan.segment == 1024
 
 
 @pytest.mark.parametrize("block", [64, 256])

@@ -88,6 +88,14 @@ def test_plans_of_its_own(kernels):
     check(kernels, x, [640, 1280], plan=kernels.Plan(32, 2, False))
 
 
+@pytest.mark.parametrize("gates, known", [("slow", False), ("zero", False), ("mixed", True)])
+@pytest.mark.parametrize("summary", [1, 3, 32])
+def test_main_passes_that_are_not_cut(kernels, gates, known, summary):
+    """Only what leaves is summarised then, in segments of its own; shards of two runs and of one."""
+    x = draw([1900], 2, 4, gates=gates, initial=True, device="cuda")
+    check(kernels, x, [640, 1280], known=known, plan=kernels.Plan(8, 2, False, summary))
+
+
 def test_truncated_heads(kernels):
     x = draw([3000], 2, 4, gates="mixed", initial=True, device="cuda")
     check(kernels, x, [960, 1984], known=True, plan=kernels.Plan(4, 2, True))

@@ -58,15 +58,17 @@ class Call(SimpleNamespace):
 
 
 def fake_open_forward(
-    k, v, g, beta, *, initial_state, cu_seqlens, open_left, open_right, use_qk_l2norm_in_kernel
-):
+    k, v, g, beta, *, initial_state, cu_seqlens, open_left, open_right, use_qk_l2norm_in_kernel,
+    summarise,
+):  # fmt: skip
     return Call(
         k=k, v=v, g=g, beta=beta, h0=initial_state, cu=cu_seqlens, left=open_left,
-        right=open_right, normalize=use_qk_l2norm_in_kernel,
+        right=open_right, normalize=use_qk_l2norm_in_kernel, summarise=summarise,
     )  # fmt: skip
 
 
 def fake_leaving_summary(call, *, transition):
+    assert call.summarise
     tokens = slice(None) if call.cu is None else slice(int(call.cu[-2]), None)
     k, v, g, beta = (x[:, tokens] for x in (call.k, call.v, call.g, call.beta))
     h0 = call.states(call.h0, slice(0, 0), None)[-call.right :]
@@ -77,6 +79,18 @@ def fake_leaving_summary(call, *, transition):
     eye = torch.eye(K).expand(*h0.shape[:2], K, K).contiguous()
     nothing = torch.zeros_like(k[:, :, :1].expand(-1, -1, v.shape[2], -1))
     return _torch_rule(k, k, nothing, g, beta, eye, None, 1.0, call.normalize)[1], S
+
+
+def fake_leaving_state(call, *, incoming):
+    """As kernels that cut their main pass find it: before its outputs."""
+    assert (incoming is None) == (call.left == 0)
+    if not call.right:
+        return None
+    h0 = call.states(call.h0, slice(0, call.left), incoming)
+    final = _torch_rule(
+        call.k, call.k, call.v, call.g, call.beta, h0, call.cu, 1.0, call.normalize
+    )[1]
+    return final[-call.right :]
 
 
 def fake_close_forward(call, q, *, incoming, scale, output_final_state):
@@ -114,8 +128,8 @@ def _differentiate(call, incoming):
         return torch.autograd.grad((o * call.do).sum() + (final * dfinal).sum(), leaves)
 
 
-def fake_entering_summary(call):
-    return _differentiate(call, None)[5][: call.left]
+def fake_entering_summary(call, *, incoming):
+    return _differentiate(call, incoming)[5][: call.left]
 
 
 def fake_replay(call):
@@ -132,7 +146,7 @@ def fake_close_backward(call, *, incoming):
     return _differentiate(call, incoming)
 
 
-def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange):
+def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fake_leaving_state):
     context = build_cp_context(
         dist.group.WORLD,
         seq_len=case.do.shape[1],
@@ -148,6 +162,7 @@ def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange):
             create=True,
             open_forward=fake_open_forward,
             leaving_summary=fake_leaving_summary,
+            leaving_state=leaving_state,
             close_forward=fake_close_forward,
         ),
         patch.multiple(
@@ -200,4 +215,22 @@ def test_the_right_things_reach_the_kernels(exchange, B, cu_seqlens, sizes):
     ref = outputs_and_gradients(oracle, case)
     single = case.to(torch.float32)
     for got in run_ranks(len(sizes), _over_ranks, single, cu_seqlens, sizes, exchange):
+        assert_close(got, ref, 1e-5)
+
+
+def _only_at_close(call, *, incoming):
+    """As kernels that do not cut their main pass."""
+
+
+def test_a_state_that_is_known_at_the_end():
+    """In the exchange "serial" it is then sent from there."""
+    case = make_case(300, 1, 4, 8, 8)
+    ref = outputs_and_gradients(
+        lambda *inputs: recurrent_gated_delta_rule(
+            *inputs[:5], initial_state=inputs[5], use_qk_l2norm_in_kernel=True
+        ),
+        case,
+    )
+    single, sizes = case.to(torch.float32), [100, 130, 70]
+    for got in run_ranks(3, _over_ranks, single, None, sizes, "serial", _only_at_close):
         assert_close(got, ref, 1e-5)

@@ -5,7 +5,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cp_gdn import CPGatedDeltaNet, build_cp_context, chunk_gated_delta_rule
+from cp_gdn import (
+    CPGatedDeltaNet,
+    build_cp_context,
+    chunk_gated_delta_rule,
+    run_virtual_ranks,
+)
 from cp_gdn.ops.reference import recurrent_gated_delta_rule
 
 from ..cases import assert_close, make_case, outputs_and_gradients
@@ -269,3 +274,40 @@ def test_tilelang_gradients_over_two_gpus():
     for way, packed, got in every_way(_kernel_gradients_over_ranks, cases):
         errors = overall_errors(got, refs[packed])
         assert max(errors.values()) < 8e-3, (way, errors)
+
+
+def _whole_sequence(heads):
+    gen = torch.Generator("cuda").manual_seed(heads)
+
+    def draw(*shape):
+        return torch.randn(1, 65536, *shape, generator=gen, device="cuda")
+
+    q, k, v, do = (draw(n, 128).bfloat16() for n in (16, 16, heads, heads))
+    g = -draw(heads).exp() * torch.logspace(-5, -1, heads, device="cuda")  # slow heads and fast
+    return [q, k, v, g, draw(heads).sigmoid()], do
+
+
+def _outputs_and_gradients(inputs, do, context=None):
+    shard = (lambda x: x) if context is None else (lambda x: context.shard(x).contiguous())
+    leaves = [shard(x).detach().requires_grad_() for x in inputs]
+    o, _ = chunk_gated_delta_rule(
+        *leaves, use_qk_l2norm_in_kernel=True, cp_context=context, engine="tilelang"
+    )
+    return [o.detach(), *torch.autograd.grad(o, leaves, shard(do))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "exchange"), [(32, "ring"), (32, "serial"), (64, "serial")])
+def test_two_virtual_ranks_give_the_bits_of_one_gpu(heads, exchange):
+    """Shards of 512 chunks: whole segments of the plans of both."""
+    inputs, do = _whole_sequence(heads)
+    want = _outputs_and_gradients(inputs, do)
+
+    def step(group):
+        context = build_cp_context(group, seq_len=65536, exchange=exchange)
+        return _outputs_and_gradients(inputs, do, context)
+
+    names = ("o", "dq", "dk", "dv", "dg", "dbeta")
+    parts = zip(*run_virtual_ranks(2, step, device="cuda"), strict=True)
+    got = [torch.cat(pair, 1) for pair in parts]
+    assert not [n for n, a, b in zip(names, got, want, strict=True) if not torch.equal(a, b)]
