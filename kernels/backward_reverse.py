@@ -281,15 +281,10 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         if t < T.min(valid, C):
                             diagonal[0] = T.cast(beta[row + c * C + t, h], f32)
                         T.mbarrier_wait_parity(full[s], (i // stages) % 2)
-                        if halves == 1:  # there are registers for it
-                            T.wgmma_gemm(
-                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                            )
+                        T.wgmma_gemm(
+                            qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                        )
                         T.mbarrier_wait_parity(spent[b], (i // 2) % 2 ^ 1)
-                        if halves == 2:
-                            T.wgmma_gemm(
-                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                            )
                         if t < C:
                             G = gs[s, t]
                             lost[b, t] = diagonal[0] - T.cast(as_[s, t, t], f32)
