@@ -14,6 +14,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -89,15 +90,15 @@ class CPContext:
             and self.document_start(self.shard_bounds[rank + 1]) < self.shard_bounds[rank]
         )
 
-    @property
+    @cached_property
     def crosses_left(self) -> bool:
         return self.crosses(self.rank)
 
-    @property
+    @cached_property
     def crosses_right(self) -> bool:
         return self.crosses(self.rank + 1)
 
-    @property
+    @cached_property
     def any_crossing(self) -> bool:
         """Whether any cut of the group is crossed; where none is, no rank exchanges anything."""
         return any(self.crosses(cut) for cut in range(1, self.size))
