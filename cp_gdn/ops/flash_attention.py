@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-# A shape that cuDNN has not met takes it 0.04 s a kernel to set up. From so many products on (B Hq D times scores) it
-# has made up for that in one forward and backward; measured against the flash kernels on an H200.
+# cuDNN sets up every new shape, 0.04 s a kernel on an H200. From so many products on (B Hq D times scores) it has made
+# up for that in one forward and backward, against the flash kernels; causal squares of so many queries go to it padded.
 _CUDNN_WORK = 2**43
+_CUDNN_QUERIES = 1024
 
 aten = torch.ops.aten
 
@@ -33,35 +34,48 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, new_shape: b
 
     ``new_shape``: n and m are not those of the steps before, as with packed documents.
     """
+    n, m, gqa = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
+    cudnn = q.is_cuda and _choose_cudnn(q, k, v, new_shape)
+    if n == m and cudnn and new_shape:
+        pad = (0, 0, 0, 0, 0, _padded(n) - n)
+        q, k, v = (F.pad(x, pad) for x in (q, k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    square, gqa = q.shape[2] == k.shape[2], q.shape[1] != k.shape[1]
     if gqa and q.is_cuda and q.element_size() > 2:
         # Wide dtypes run in the memory-efficient kernel, which wants as many key as query heads.
         group = q.shape[1] // k.shape[1]
         k, v, gqa = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), False
-    cudnn = q.is_cuda and _choose_cudnn(q, k, v, gqa, new_shape)
-    if square:
+    if n == m:
         kernels = sdpa_kernel(_OTHERS) if q.is_cuda and not cudnn else nullcontext()
         with kernels:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     elif cudnn or not q.is_cuda:
         o = _TwoParts.apply(q, k, v, scale)
     else:
-        corner = causal_lower_right(q.shape[2], k.shape[2])
+        corner = causal_lower_right(n, m)
         o = F.scaled_dot_product_attention(q, k, v, corner, scale=scale, enable_gqa=gqa)
-    return o.transpose(1, 2)
+    return o.transpose(1, 2)[:, :n]
 
 
 _OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def _choose_cudnn(q: Tensor, k: Tensor, v: Tensor, gqa: bool, new_shape: bool) -> bool:
+def _choose_cudnn(q: Tensor, k: Tensor, v: Tensor, new_shape: bool) -> bool:
     """Whether PyTorch would run the unmasked call in cuDNN, and the shape is worth setting up."""
-    n, m = q.shape[2], k.shape[2]
-    if new_shape and q.numel() * (m - n / 2) < _CUDNN_WORK:
+    n, m = q.shape[1], k.shape[1]
+    few = n < _CUDNN_QUERIES if n == m else q.numel() * (m - n / 2) < _CUDNN_WORK
+    if new_shape and few:
         return False
-    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, n == m, scale=None, enable_gqa=gqa)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    choice = torch._fused_sdp_choice(
+        q, k, v, None, 0.0, n == m, scale=None, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return choice == SDPBackend.CUDNN_ATTENTION.value
+
+
+def _padded(n: int) -> int:
+    """The next of 8 sizes to an octave: few shapes to set up, and a causal square ignores what follows its queries."""
+    step = 1 << max(n.bit_length() - 4, 0)
+    return -(-n // step) * step
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> list[Tensor]:

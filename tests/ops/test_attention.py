@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import cp_gdn
 from cp_gdn import balance, comm
 from cp_gdn.ops.attention import causal_attention
-from cp_gdn.ops.flash_attention import _TwoParts, attend
+from cp_gdn.ops.flash_attention import _padded, _TwoParts, attend
 from cp_gdn.virtual import run_virtual_ranks
 from tests.distributed import run_ranks
 
@@ -369,6 +369,13 @@ def test_two_gpus_equal_one(cu_seqlens):
     assert sum(moved for moved, _, _ in outs) > 0
     for _, eager, captured in outs:
         assert max(*eager.values(), *captured.values()) < 1e-2, (eager, captured)
+
+
+def test_few_sizes_of_padded_squares():
+    sizes = range(1024, 65537)
+    padded = [_padded(n) for n in sizes]
+    assert all(n <= p <= n * 1.125 for n, p in zip(sizes, padded, strict=True))
+    assert len(set(padded)) == 6 * 8 + 1
 
 
 def test_bad_arguments_are_refused():
