@@ -25,7 +25,6 @@ from .common import CHUNK, slots
 from .forward import DTYPES, KEY_DIM, Saved
 from .launch import multiprocessors, ready, side_stream
 from .plan import STEADY
-from .query_norms import query_norms
 from .reverse_scan import reverse_scan
 
 # Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU, and from
@@ -83,7 +82,6 @@ class OpenBackward:
     open_left: int
     open_right: int
     truncate: bool
-    qnorm: torch.Tensor  # [NC, Hk, 64] fp32, 1 / |q| if the kernels normalise, else a placeholder
     begun: torch.cuda.Event  # when the inputs were there
     entering: torch.Tensor  # [NC, Hv, V, K], the state that enters each chunk: replay's
     vd: torch.Tensor  # [NC, Hv, 64, V]
@@ -168,17 +166,11 @@ def _open(
     dfinal, initial = (None if x is None else x.contiguous() for x in (dfinal, initial))
     entering = q_.new_empty(chunks, value_heads, KEY_DIM, KEY_DIM)
     vd = q_.new_empty(chunks, value_heads, CHUNK, KEY_DIM)
-    qnorm = saved.rnorm
-    if normalize:
-        qnorm = torch.empty_like(saved.rnorm)
-        ready(query_norms, dtype=DTYPES[q.dtype])(
-            q_, saved.cu_seqlens, qnorm, (saved.cu_seqlens.numel() - 2).bit_length()
-        )
     begun = torch.cuda.current_stream(q.device).record_event()
     return OpenBackward(
         (q, k, v, g, beta), q_, k_, v_, do_, beta_, saved, dfinal, initial,
         KEY_DIM**-0.5 if scale is None else scale, normalize, left, right,
-        normalize or normalized, qnorm, begun, entering, vd,
+        normalize or normalized, begun, entering, vd,
     )  # fmt: skip
 
 
@@ -196,7 +188,7 @@ def _reverse(
 ) -> None:
     x, saved = opened, opened.saved
     ready(reverse, halves=halves, store=store, **x.kind)(
-        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, x.qnorm, x.beta, saved.cu_seqlens, dstates,
+        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens, dstates,
         dstates if dfinal is None else dfinal, dinitial, dleaving, dv, x.scale,
         segment, x.bits, int(dfinal is not None), int(x.truncate and not store), x.open_left,
     )  # fmt: skip

@@ -53,7 +53,6 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     ND, NF, NR, NO = T.dynamic("ND"), T.dynamic("NF"), T.dynamic("NR"), T.dynamic("NO")
-    NQ = T.dynamic("NQ")
 
     @T.macro
     def send_rows(os_, dv, at, end, h, column, w, tx):
@@ -74,7 +73,6 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
         a: T.Tensor((NC, Hv, C, C), dtype),
         gate: T.Tensor((NC, Hv, C), f32),
         rnorm: T.Tensor((NR, Hk, C), f32),
-        qnorm: T.Tensor((NQ, Hk, C), f32),
         beta: T.Tensor((L, Hv), beta_dtype),
         cu: T.Tensor((N1,), i32),
         dstates: T.Tensor((NS, Hv, K, V), f32),
@@ -103,7 +101,8 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             lost = T.alloc_shared((2, C), f32)  # beta - a_ii
             if normalize:
                 rs = T.alloc_shared((stages, C), f32)
-                rq = T.alloc_shared((stages, C), f32)
+                rq = T.alloc_shared((C,), f32)
+                square = T.alloc_local((1,), f32)
             S = T.alloc_fragment((BV, K), f32)
             Sb = T.alloc_fragment((BV, K), dtype)
             U = T.alloc_fragment((BV, C), f32)
@@ -281,19 +280,32 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         if t < T.min(valid, C):
                             diagonal[0] = T.cast(beta[row + c * C + t, h], f32)
                         T.mbarrier_wait_parity(full[s], (i // stages) % 2)
-                        T.wgmma_gemm(
-                            qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                        )
+                        if halves == 1:  # there are registers for it
+                            T.wgmma_gemm(
+                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                            )
+                        if normalize:
+                            square[0] = T.call_extern(
+                                f32,
+                                "gdn::square_sum",
+                                T.access_ptr(qs[s, t // 2, t % 2 * (K // 2)], "r"),
+                                dtype == "float16",
+                            )
+                            square[0] += T.shfl_xor(square[0], 1)
+                            rq[t // 2] = scale * T.rsqrt(square[0] + 1e-6)
+                            T.call_extern("handle", "gdn::wait_named", 3)
                         T.mbarrier_wait_parity(spent[b], (i // 2) % 2 ^ 1)
+                        if halves == 2:
+                            T.wgmma_gemm(
+                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                            )
                         if t < C:
                             G = gs[s, t]
                             lost[b, t] = diagonal[0] - T.cast(as_[s, t, t], f32)
                             if normalize:
                                 ein[b, t] = -T.exp2(G) * rs[s, t]
                                 eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
-                                eq[b, t] = T.if_then_else(
-                                    t < valid, T.exp2(G) * (scale * rq[s, t]), 0.0
-                                )
+                                eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * rq[t], 0.0)
                             else:
                                 ein[b, t] = -T.exp2(G)
                                 eout[b, t] = T.exp2(gs[s, C - 1] - G)
@@ -304,7 +316,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                             P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
                         if normalize:
                             for x, y in T.Parallel(C, C):
-                                P[x, y] *= scale * rq[s, x] * rs[s, y]
+                                P[x, y] *= rq[x] * rs[s, y]
                         else:
                             for x, y in T.Parallel(C, C):
                                 P[x, y] *= scale
@@ -316,6 +328,8 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         T.copy(P, Pb)
                         T.copy(Pb, ps[b * C : (b + 1) * C, :])
                         T.call_extern("handle", "gdn::fence_shared")
+                        if normalize:  # rq is read before the next chunk writes it
+                            T.call_extern("handle", "gdn::wait_named", 3)
                         T.mbarrier_arrive(ready[b])
                         T.mbarrier_arrive(empty[s])
                 else:
@@ -332,7 +346,6 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                             T.tma_copy(gate[slot + c, h, :], gs[s, :], barrier=full[s])
                             if normalize:
                                 T.tma_copy(rnorm[slot + c, hk, :], rs[s, :], barrier=full[s])
-                                T.tma_copy(qnorm[slot + c, hk, :], rq[s, :], barrier=full[s])
                             for half in range(halves):
                                 T.tma_copy(
                                     do[

@@ -29,7 +29,7 @@ SLOW_HEADS = 0.7
 MANY, STEADY = 32, 512  # heads times sequences; chunks
 # Where the main pass is not cut, its summaries are: this many chains side by side are as much work
 # as one, and heads that decay within a segment need but the last one.
-FEWEST, SUMMARY = 8, 64  # segments; chunks a segment at most
+FEWEST, SUMMARY = 4, 128  # segments; chunks a segment at most
 # Of a packed batch: documents shorter than this are left whole, a summary's launch costs as much.
 WHOLE = 128  # chunks
 

@@ -19,7 +19,6 @@ from .conv import conv_backward, conv_forward
 from .gates import gates_backward, gates_forward
 from .norm import norm_backward, norm_forward
 from .prepare import prepare
-from .query_norms import query_norms
 from .recurrence import recurrence
 from .reverse_scan import reverse_scan
 from .scan import scan
@@ -30,7 +29,6 @@ KERNELS = {
     "summary": summary,
     "scan": scan,
     "recurrence": recurrence,
-    "query_norms": query_norms,
     "replay": replay,
     "reverse": reverse,
     "reverse_scan": reverse_scan,
@@ -107,8 +105,6 @@ def variants(
             },
         )
         yield Variant("summary", common)
-        if norm:
-            yield Variant("query_norms", {"dtype": dtype})
         for halves in (1, 2):
             yield Variant("recurrence", {"value_dim": 128, "halves": halves, **common})
             yield Variant("replay", {"halves": halves, **chain})

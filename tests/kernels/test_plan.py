@@ -44,7 +44,7 @@ def test_a_shard_has_the_segments_of_the_whole_sequence():
 
 def test_heads_that_fill_the_gpu_are_summarised_in_segments_of_their_own():
     plan = plan_module.plan_segments(32768, 1, 64, 128, packed=False, processors=132)
-    assert not plan.split and plan.segment == 512 and plan.summarised == plan.summary == 64
+    assert not plan.split and plan.segment == 512 and plan.summarised == plan.summary == 128
     few = plan_module.plan_segments(32768, 1, 32, 128, packed=False, processors=132)
     assert few.split and few.summarised == few.segment
 
