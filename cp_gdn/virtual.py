@@ -147,7 +147,10 @@ def run_virtual_ranks(
     """
     if size < 1:
         raise ValueError(f"size is {size}; there must be at least one virtual rank")
-    group = VirtualGroup(size, torch.device(device), timeout_s)
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:  # threads begin on device 0
+        device = torch.device("cuda", torch.cuda.current_device())
+    group = VirtualGroup(size, device, timeout_s)
     results: list[Any] = [None] * size
     problems: list[BaseException] = []
 
