@@ -88,19 +88,22 @@ constexpr int DIAGONALS = 6 * 256;    // where the diagonal blocks begin in the 
 template <int R, typename Gate, typename Beta>
 __device__ __forceinline__ void gates(const void* g_, const void* beta_, float* G, float* B,
                                       float* out, int Hv, int valid) {
-  const Gate* g = (const Gate*)g_;
-  const Beta* beta = (const Beta*)beta_;
+  // Two warps for each input, a thread a token: all its loads are in flight at once.
+  const int token = threadIdx.x & 63, side = threadIdx.x >> 6;
+  const long first = (long)min(token, valid - 1) * Hv;
+  const bool real = token < valid;
+  float x[R];
+  if (side) {
 #pragma unroll
-  for (int e = threadIdx.x; e < 64 * R; e += 128) {
-    const int token = e / R, r = e % R;
-    float x = 0, b = 0;
-    if (token < valid) {
-      x = as_float(g[(long)token * Hv + r]) * 1.4426950408889634f;
-      b = as_float(beta[(long)token * Hv + r]);
-    }
-    G[r * 64 + token] = x;
-    B[r * 64 + token] = b;
+    for (int r = 0; r < R; ++r) x[r] = as_float(((const Beta*)beta_)[first + r]);
+  } else {
+#pragma unroll
+    for (int r = 0; r < R; ++r) x[r] = as_float(((const Gate*)g_)[first + r]);
   }
+  float* to = side ? B : G;
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+    to[r * 64 + token] = real ? x[r] * (side ? 1.f : 1.4426950408889634f) : 0.f;
   __syncthreads();
   const int lane = threadIdx.x & 31, w = threadIdx.x >> 5, i = 2 * lane;
   for (int r = w; r < R; r += 4) {

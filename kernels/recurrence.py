@@ -20,6 +20,9 @@ chain and no barrier between warpgroups. Roles in a CTA:
     producer    1 warp: bulk copies of q, k, v, a and the gates, `stages` chunks deep
     storer      1 warp a consumer: bulk copies of the outputs that it left in shared memory
 
+A consumer alone on its multiprocessor issues U of the next chunk before P D of this one has
+ended, so that only the arithmetic between U and W finds the tensor cores idle.
+
 L2-normalised queries and keys are never written: 1/|k| and 1/|q| scale the gate vectors and P.
 """
 
@@ -46,10 +49,12 @@ from .common import (
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
-def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, stages=3):
+def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
     C, K, HALF = CHUNK, 128, 64
+    ROWS = T.GemmWarpPolicy.FullRow
     turns = halves == 2
     ahead = halves == 1  # there are registers for it
+    stages = 4 if halves == 1 else 3
     at_once = ahead or not normalize
     registers = (208, 72) if halves == 2 else (240, 120)
     BV = HALF * halves
@@ -76,6 +81,19 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
             )
             T.tma_store_wait()
             T.mbarrier_arrive(stored[half])
+
+    @T.macro
+    def leave(Ob, os_, staged, stored, c, tx):
+        T.mbarrier_wait_parity(stored[tx // 128], c % 2)
+        store_transposed(Ob, os_, tx // 128 * C, tx)
+        T.fence_proxy_async()
+        T.mbarrier_arrive(staged[tx // 128])
+
+    @T.macro
+    def load_values(vs, ein, Vb, E, s, b, tx):
+        load_transposed(vs, (s * halves + tx // 128) * C, Vb, tx)
+        for x, y in T.Parallel(BV, C):
+            E[x, y] = ein[b, y]
 
     @T.macro
     def wait_turn(tx):
@@ -136,6 +154,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
             O = T.alloc_fragment((BV, C), f32)
             Ob = T.alloc_fragment((C, BV), dtype)
             Vb = T.alloc_fragment((C, BV), dtype)
+            V = T.alloc_fragment((BV, C), f32)
             E = T.alloc_fragment((BV, C), f32)
             F = T.alloc_fragment((BV, C), f32)
             Q = T.alloc_fragment((BV, C), f32)
@@ -160,6 +179,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
 
             tx = T.get_thread_binding()
             at = T.alloc_local((7,), i32)
+            decay = T.alloc_local((1,), f32)
             find_segment(cu, slot, segment, N1 - 1, bits, at)
             n = at[COUNT]
             row = at[ROW]
@@ -182,89 +202,110 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False, st
                     if turns:
                         if tx >= 128:
                             T.call_extern("handle", "gdn::pass_turn", 1)
+                    else:  # U of the first chunk; those of the others come at the end of a chunk
+                        decay[0] = T.exp2(gs[0, C - 1]) if normalize else es[0]
+                        T.copy(S, Sb)
+                        T.wgmma_gemm(
+                            Sb, ks[0, :, :], U, transpose_B=True, clear_accum=True, policy=ROWS
+                        )
+                        load_values(vs, ein, Vb, E, 0, 0, tx)
+                        for x, y in T.Parallel(BV, C):
+                            V[x, y] = Vb[y, x]
+                        T.wait_wgmma(0)
+                        for x, y in T.Parallel(BV, K):
+                            S[x, y] *= decay[0]
                 for c in T.serial(n):
                     s = c % stages
                     b = c % 2
-                    decay = T.exp2(gs[s, C - 1]) if normalize else es[b]
-                    T.copy(S, Sb)
-                    for x, y in T.Parallel(BV, K):
-                        S[x, y] *= decay
+                    if turns:
+                        decay[0] = T.exp2(gs[s, C - 1]) if normalize else es[b]
+                        T.copy(S, Sb)
+                        for x, y in T.Parallel(BV, K):
+                            S[x, y] *= decay[0]
+                        wait_turn(tx)
+                        T.wgmma_gemm(
+                            Sb, ks[s, :, :], U, transpose_B=True, clear_accum=True, policy=ROWS
+                        )
+                        pass_turn(tx)
+                        T.sync_warp()  # else the loads of v, and their wait, part the products
+                        load_values(vs, ein, Vb, E, s, b, tx)
+                        T.wait_wgmma(0)
+                    for x, y in T.Parallel(BV, C):
+                        if ahead:
+                            Ub[x, y] = V[x, y] - U[x, y] * E[x, y]
+                        else:
+                            Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
+                    if ahead:  # before the products: shared memory answers late while they run
+                        for x, y in T.Parallel(BV, C):
+                            F[x, y] = eout[b, y]
+                        for x, y in T.Parallel(BV, C):
+                            Q[x, y] = eq[b, y]
+                        T.sync_warp()
                     wait_turn(tx)
                     T.wgmma_gemm(
-                        Sb,
-                        ks[s, :, :],
-                        U,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    pass_turn(tx)
-                    load_transposed(vs, (s * halves + tx // 128) * C, Vb, tx)
-                    for x, y in T.Parallel(BV, C):
-                        E[x, y] = ein[b, y]
-                    if c > 0:
-                        T.mbarrier_wait_parity(stored[tx // 128], c % 2)
-                        store_transposed(Ob, os_, tx // 128 * C, tx)
-                    T.wait_wgmma(0)
-                    for x, y in T.Parallel(BV, C):
-                        Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
-                    wait_turn(tx)
-                    T.wgmma_gemm(
-                        Ub,
-                        as_[s, :, :],
-                        W,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
+                        Ub, as_[s, :, :], W, transpose_B=True, clear_accum=True, policy=ROWS
                     )
                     T.wgmma_gemm(
-                        Sb,
-                        qs[s, :, :],
-                        O,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
+                        Sb, qs[s, :, :], O, transpose_B=True, clear_accum=True, policy=ROWS
                     )
                     pass_turn(tx)
-                    for x, y in T.Parallel(BV, C):
-                        F[x, y] = eout[b, y]
-                    if c > 0:
-                        T.fence_proxy_async()
-                        T.mbarrier_arrive(staged[tx // 128])
+                    if turns:
+                        if c > 0:
+                            leave(Ob, os_, staged, stored, c, tx)
+                        for x, y in T.Parallel(BV, C):
+                            F[x, y] = eout[b, y]
                     T.wait_wgmma(1)
                     for x, y in T.Parallel(BV, C):
                         Wd[x, y] = W[x, y] * F[x, y]
                     T.copy(W, Wb)
-                    if halves == 2:
+                    if turns:
                         T.wait_wgmma(0)
                         for x, y in T.Parallel(BV, C):
                             O[x, y] *= eq[b, y]
                         wait_turn(tx)
-                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=ROWS)
                     else:
-                        for x, y in T.Parallel(BV, C):
-                            Q[x, y] = eq[b, y]
-                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=ROWS)
                         T.wait_wgmma(1)
                         for x, y in T.Parallel(BV, C):
                             O[x, y] *= Q[x, y]
-                    T.wgmma_gemm(
-                        Wb,
-                        ps[b * C : (b + 1) * C, :],
-                        O,
-                        transpose_B=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
+                    T.wgmma_gemm(Wb, ps[b * C : (b + 1) * C, :], O, transpose_B=True, policy=ROWS)
                     if turns:
                         if c + 1 < n or tx < 128:
                             pass_turn(tx)
-                    if c + 1 < n:
-                        T.mbarrier_wait_parity(ready[1 - b], ((c + 1) // 2) % 2)
-                    T.wait_wgmma(0)
-                    T.mbarrier_arrive(empty[s])
-                    T.mbarrier_arrive(spent[b])
-                    for x, y in T.Parallel(BV, C):
-                        Ob[y, x] = O[x, y]
+                        if c + 1 < n:
+                            T.mbarrier_wait_parity(ready[1 - b], ((c + 1) // 2) % 2)
+                        T.wait_wgmma(0)
+                        T.mbarrier_arrive(empty[s])
+                        T.mbarrier_arrive(spent[b])
+                        for x, y in T.Parallel(BV, C):
+                            Ob[y, x] = O[x, y]
+                    else:
+                        t = (c + 1) % stages
+                        decay[0] = 1.0
+                        if c + 1 < n:
+                            T.mbarrier_wait_parity(ready[1 - b], ((c + 1) // 2) % 2)
+                            decay[0] = T.exp2(gs[t, C - 1]) if normalize else es[1 - b]
+                        load_values(vs, ein, Vb, E, t, 1 - b, tx)
+                        T.sync_warp()
+                        T.wait_wgmma(1)  # the state; P D runs
+                        T.copy(S, Sb)
+                        # past the last chunk nobody reads what this makes of stale memory
+                        T.wgmma_gemm(
+                            Sb, ks[t, :, :], U, transpose_B=True, clear_accum=True, policy=ROWS
+                        )
+                        T.wait_wgmma(1)
+                        for x, y in T.Parallel(BV, K):
+                            S[x, y] *= decay[0]
+                        for x, y in T.Parallel(BV, C):
+                            Ob[y, x] = O[x, y]
+                        for x, y in T.Parallel(BV, C):
+                            V[x, y] = Vb[y, x]
+                        T.mbarrier_arrive(empty[s])
+                        T.mbarrier_arrive(spent[b])
+                        if c + 1 < n:
+                            leave(Ob, os_, staged, stored, c + 1, tx)
+                        T.wait_wgmma(0)
                 if n > 0:
                     T.mbarrier_wait_parity(stored[tx // 128], n % 2)
                     store_transposed(Ob, os_, tx // 128 * C, tx)

@@ -120,6 +120,21 @@ def test_summary_continues_a_sequence(kernels):
     assert error(S, final_ref) > 0.05
 
 
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_summary_has_the_bits_of_the_main_pass(kernels, halves, normalize):
+    """A state handed over by a summary equals that of a main pass which never stopped."""
+    x = draw([1000], 2, 4, gates="slow", initial=True, norm=not normalize, device="cuda")
+    uncut = kernels.Plan(16, halves, False)
+    options = {"initial_state": x.initial, "use_qk_l2norm_in_kernel": normalize, "plan": uncut}
+    _, final, _ = kernels.chunk_gdn_forward(
+        x.q, x.k, x.v, x.g, x.beta, output_final_state=True, **options
+    )
+    opened = kernels.open_forward(x.k, x.v, x.g, x.beta, open_right=1, **options)
+    _, state = kernels.leaving_summary(opened, transition=False)
+    assert torch.equal(final, state)
+
+
 def test_no_host_synchronisation_and_graph_capture(kernels):
     torch.use_deterministic_algorithms(False)
     x = draw([700, 64, 300], 2, 4, gates="mixed", initial=True, device="cuda")
