@@ -212,6 +212,9 @@ def joined() -> Iterator[tuple[int, dist.ProcessGroup]]:
             f"process {local + 1} of this host has no GPU of its own: there are {gpus}"
         )
     torch.cuda.set_device(local)
+    # Messages of a few MB need few multiprocessors; while one waits for its sender it holds them, and
+    # chains of 128 CTAs would not fit beside it.
+    os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", "4")
     dist.init_process_group(
         "nccl",
         timeout=datetime.timedelta(seconds=60),
