@@ -60,28 +60,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         at[3] = cu[doc[0] + 1] - at[2]
 
     @T.macro
-    def store_rows(ms, out, row, valid, hk, w, tx):
-        if valid >= C:
-            T.tma_copy(ms[w, :, :], out[row : row + C, hk, w * HALF : w * HALF + HALF])
-            T.tma_store_wait()
-        else:
-            for x in T.serial(C // 16):
-                if x * 16 + tx % 128 // 8 < valid:
-                    for y in T.vectorized(8):
-                        out[row + x * 16 + tx % 128 // 8, hk, w * HALF + tx % 8 * 8 + y] = ms[
-                            w, x * 16 + tx % 128 // 8, tx % 8 * 8 + y
-                        ]
-
-    @T.macro
-    def store_halves(ms, out, row, valid, hk, tx):
-        """Each warpgroup its own half: TileLang elects the thread that sends for a whole branch."""
-        if tx < 128:
-            store_rows(ms, out, row, valid, hk, 0, tx)
-        else:
-            store_rows(ms, out, row, valid, hk, 1, tx)
-
-    @T.macro
-    def consume(w, qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project, dq, dk, cu,
+    def consume(w, group, item, qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project, dq, dk, cu,
                 scale, bits, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX, fullS, emptyS,
                 fullD, emptyD, fullV, emptyV):  # fmt: skip
         M = T.alloc_local((32,), f32)
@@ -92,22 +71,30 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         Iv = T.alloc_local((32,), f32)
         Id = T.alloc_local((32,), f32)
         rows = T.alloc_local((12,), f32)
+        packed = T.alloc_local((16,), "uint32")
+        pair_sums = T.alloc_local((18,), f32)
+        at[3] = 1
+        # the first head's pair matrix: every head makes the next one's
+        T.mbarrier_wait_parity(fullX[0], 0)
+        T.call_extern(
+            "handle",
+            PAIR,
+            M.data,
+            T.access_ptr(xs[2 * w, 0, 0], "r"),
+            T.access_ptr(xs[2 - w, 0, 0], "r"),
+        )
+        T.call_extern("handle", "gdn::commit_products")
+        T.call_extern("handle", "gdn::wait_products<0>")
+        T.call_extern("handle", "gdn::settle", M.data)
         for it in T.serial(T.ceildiv(NC * Hk - bx, processors)):
-            find_item(bx + it * processors, cu, Hk, N1 - 1, bits, doc, at)
+            if at[3] > 0:
+                T.mbarrier_wait_parity(fullQ[0], count[0] % 2)
+                for x in T.unroll(3):
+                    at[1 + x] = item[x]
             valid = at[3]
             if valid > 0:
-                first = count[0] * R
                 T.call_extern("handle", "gdn::clear", Aq.data)
                 T.call_extern("handle", "gdn::clear", Ak.data)
-                T.mbarrier_wait_parity(fullX[first % 2], (first // 2) % 2)
-                T.call_extern(
-                    "handle",
-                    PAIR,
-                    M.data,
-                    T.access_ptr(xs[first % 2 * 3 + 2 * w, 0, 0], "r"),
-                    T.access_ptr(xs[first % 2 * 3 + 2 - w, 0, 0], "r"),
-                )
-                T.mbarrier_wait_parity(fullQ[0], count[0] % 2)
                 T.call_extern(
                     "handle",
                     PAIR,
@@ -129,11 +116,27 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                     T.call_extern("handle", "gdn::meet", 1)
                 T.call_extern("handle", "gdn::wait_products<0>")
                 T.call_extern("handle", "gdn::settle", QK.data)
-                T.call_extern("handle", "gdn::settle", M.data)
                 T.call_extern("handle", "gdn::drop_diagonal", QK.data)
                 for g in T.serial(R):
-                    hc = count[0] * R + g
+                    group[2] = T.call_extern(i32, "gdn::uniform", count[0] * R + g)
+                    hc = group[2]
                     s = hc % 2
+                    T.mbarrier_wait_parity(emptyV[s], (hc // 2) % 2 ^ 1)
+                    T.call_extern(
+                        "handle",
+                        f"gdn::pair_matrix<{half}, {norm}>",
+                        M.data,
+                        QK.data,
+                        T.access_ptr(gs[s, 0], "r"),
+                        T.access_ptr(logs[0], "r"),
+                        T.access_ptr(diagonal[s, 0], "w"),
+                        packed.data,
+                        pair_sums.data,
+                        w,
+                        group[1],
+                        valid,
+                        scale,
+                    )
                     T.mbarrier_wait_parity(fullS[w], hc % 2)
                     T.call_extern(
                         "handle",
@@ -143,32 +146,26 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                         T.access_ptr(Ss[w, 0, 0], "r"),
                     )
                     T.call_extern("handle", "gdn::commit_products")
-                    T.mbarrier_wait_parity(emptyV[s], (hc // 2) % 2 ^ 1)
                     T.call_extern(
                         "handle",
-                        f"gdn::pair_matrix<{half}, {norm}>",
-                        M.data,
-                        QK.data,
-                        T.access_ptr(gs[s, 0], "r"),
-                        T.access_ptr(logs[0], "r"),
+                        "gdn::store_pairs",
+                        packed.data,
+                        pair_sums.data,
                         T.access_ptr(ms[0, 0, 0], "w"),
                         T.access_ptr(sums[s * 2 + w, 0], "w"),
                         T.access_ptr(sums[s * 2 + w, 64], "w"),
-                        T.access_ptr(diagonal[s, 0], "w"),
                         w,
-                        valid,
-                        scale,
+                        group[1],
                     )
+                    T.mbarrier_wait_parity(fullD[w], hc % 2)
                     T.call_extern(
                         "handle",
-                        f"gdn::row_factors<{norm}>",
-                        rows.data,
-                        T.access_ptr(gs[s, 0], "r"),
-                        T.access_ptr(logs[0], "r"),
-                        T.access_ptr(traces[s, 2], "w"),
-                        scale,
+                        f"gdn::trace<{half}>",
+                        T.access_ptr(Ss[w, 0, 0], "r"),
+                        T.access_ptr(Ds[w, 0, 0], "r"),
+                        T.access_ptr(traces[s, w * 4], "w"),
+                        group[1],
                     )
-                    T.call_extern("handle", "gdn::meet", 2)  # dP and N + N^T are there
                     T.call_extern(
                         "handle",
                         INTER,
@@ -176,8 +173,6 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                         T.access_ptr(xs[s * 3 + 1, 0, 0], "r"),
                         T.access_ptr(Ss[w, 0, 0], "r"),
                     )
-                    T.call_extern("handle", "gdn::commit_products")
-                    T.mbarrier_wait_parity(fullD[w], hc % 2)
                     T.call_extern(
                         "handle",
                         INTER,
@@ -186,29 +181,16 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                         T.access_ptr(Ds[w, 0, 0], "r"),
                     )
                     T.call_extern("handle", "gdn::commit_products")
-                    T.call_extern("handle", "gdn::wait_products<1>")
-                    T.call_extern("handle", "gdn::settle", Iq.data)
-                    T.call_extern("handle", "gdn::settle", Iv.data)
-                    if tx % 32 == 0:
-                        T.mbarrier_arrive(emptyS[w])
                     T.call_extern(
                         "handle",
-                        f"gdn::add_rows<{half}>",
-                        Aq.data,
-                        Iq.data,
-                        T.access_ptr(qk[w, 0, 0], "r"),
+                        f"gdn::row_factors<{norm}>",
                         rows.data,
-                        0,
+                        T.access_ptr(gs[s, 0], "r"),
+                        T.access_ptr(logs[0], "r"),
+                        T.access_ptr(traces[s, 8], "w"),
+                        scale,
                     )
-                    T.call_extern(
-                        "handle",
-                        f"gdn::add_rows<{half}>",
-                        Ak.data,
-                        Iv.data,
-                        T.access_ptr(qk[2 + w, 0, 0], "r"),
-                        rows.data,
-                        2,
-                    )
+                    T.call_extern("handle", "gdn::meet", 2)  # dP and N + N^T are there
                     T.call_extern(
                         "handle",
                         f"gdn::product<{half}, 1, 1, 4, 1, false>",
@@ -224,11 +206,24 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                         T.access_ptr(qk[2 + w, 0, 0], "r"),
                     )
                     T.call_extern("handle", "gdn::commit_products")
-                    # the next head's pair matrix; after the last one, of what lies there
-                    last = T.cast(g == R - 1, i32)
-                    T.mbarrier_wait_parity(
-                        fullX[(hc + 1 - last) % 2], ((hc + 1 - last) // 2) % 2
+                    T.call_extern("handle", "gdn::wait_products<2>")
+                    T.call_extern("handle", "gdn::settle", Iq.data)
+                    T.call_extern(
+                        "handle",
+                        f"gdn::add_query<{half}>",
+                        Aq.data,
+                        Iq.data,
+                        T.access_ptr(qk[w, 0, 0], "r"),
+                        rows.data,
                     )
+                    T.call_extern("handle", "gdn::wait_products<1>")
+                    T.call_extern("handle", "gdn::settle", Iv.data)
+                    T.call_extern("handle", "gdn::settle", Id.data)
+                    if tx % 32 == 0:
+                        T.mbarrier_arrive(emptyS[w])
+                        T.mbarrier_arrive(emptyD[w])
+                        T.mbarrier_arrive(emptyX[s])
+                    T.mbarrier_wait_parity(fullX[1 - s], ((hc + 1) // 2) % 2)
                     T.call_extern(
                         "handle",
                         f"gdn::product<{half}, 0, 1, 4, 1, false>",
@@ -245,19 +240,15 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                     )
                     T.call_extern("handle", "gdn::commit_products")
                     T.call_extern("handle", "gdn::wait_products<1>")
-                    T.call_extern("handle", "gdn::settle", Id.data)
                     T.call_extern("handle", "gdn::settle", Ak.data)
-                    if tx % 32 == 0:
-                        T.mbarrier_arrive(emptyD[w])
-                        T.mbarrier_arrive(emptyX[s])
                     T.call_extern(
                         "handle",
-                        f"gdn::add_rows<{half}>",
+                        f"gdn::add_key<{half}>",
                         Ak.data,
+                        Iv.data,
                         Id.data,
                         T.access_ptr(qk[2 + w, 0, 0], "r"),
                         rows.data,
-                        4,
                     )
                     T.call_extern(
                         "handle",
@@ -281,8 +272,8 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                         T.access_ptr(qk[2 + w, 0, 0], "r"),
                         T.access_ptr(project[w, 0], "w"),
                     )
-                T.call_extern("handle", "gdn::meet", 1)
                 if normalize:
+                    T.call_extern("handle", "gdn::meet", 1)
                     T.call_extern(
                         "handle",
                         f"gdn::subtract_rows<{half}>",
@@ -296,16 +287,21 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                     )
                 T.mbarrier_arrive(emptyQ[0])
                 T.call_extern(
-                    "handle", f"gdn::stage_rows<{half}>", Aq.data, T.access_ptr(ms[w, 0, 0], "w")
+                    "handle",
+                    f"gdn::store_rows<{half}>",
+                    Aq.data,
+                    T.access_ptr(dq[at[2], at[1], w * HALF], "w"),
+                    Hk * K * 2,
+                    valid,
                 )
-                T.call_extern("handle", "gdn::meet_half", 3 + w)
-                store_halves(ms, dq, at[2], valid, at[1], tx)
-                T.call_extern("handle", "gdn::meet_half", 3 + w)
                 T.call_extern(
-                    "handle", f"gdn::stage_rows<{half}>", Ak.data, T.access_ptr(ms[w, 0, 0], "w")
+                    "handle",
+                    f"gdn::store_rows<{half}>",
+                    Ak.data,
+                    T.access_ptr(dk[at[2], at[1], w * HALF], "w"),
+                    Hk * K * 2,
+                    valid,
                 )
-                T.call_extern("handle", "gdn::meet_half", 3 + w)
-                store_halves(ms, dk, at[2], valid, at[1], tx)
                 count[0] += 1
 
     @T.prim_func
@@ -341,15 +337,15 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             logs = T.alloc_shared((2 * C,), f32)
             project = T.alloc_shared((2, 2 * C), f32)
             sums = T.alloc_shared((4, 7 * C), f32)  # rows, columns of 4 warps, dots, ends
-            traces = T.alloc_shared((2, 8), f32)
+            traces = T.alloc_shared((2, 16), f32)
             diagonal = T.alloc_shared((2, C), f32)
+            item = T.alloc_shared((4,), i32)  # key head, first token, tokens of the document from there
 
             betas = T.alloc_local((2,), f32)
-            part = T.alloc_local((1,), f32)
             doc = T.alloc_local((1,), i32)
             at = T.alloc_local((4,), i32)
             count = T.alloc_local((1,), i32)  # items so far
-            group = T.alloc_local((1,), i32)
+            group = T.alloc_local((3,), i32)  # warpgroup, warp in it, heads so far
             T.annotate_layout(
                 {x: tilelang.layout.make_swizzled_layout(x) for x in (qk, xs, Ss, Ds, ms)}
             )
@@ -358,18 +354,19 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             fullX = T.alloc_barrier([32] * 2)
             emptyX = T.alloc_barrier([8] * 2)
             fullS = T.alloc_barrier([32] * 2)
-            emptyS = T.alloc_barrier([5] * 2)
+            emptyS = T.alloc_barrier([4] * 2)
             fullD = T.alloc_barrier([32] * 2)
-            emptyD = T.alloc_barrier([5] * 2)
-            fullV = T.alloc_barrier([10] * 2)
+            emptyD = T.alloc_barrier([4] * 2)
+            fullV = T.alloc_barrier([8] * 2)
             emptyV = T.alloc_barrier([64] * 2)
             tx = T.get_thread_binding()
             count[0] = 0
 
             if tx < 256:
                 T.set_max_nreg(224, 1)
-                group[0] = T.call_extern(i32, "gdn::uniform_group")
-                consume(group[0], qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project,
+                group[0] = T.call_extern(i32, "gdn::uniform", tx // 128)
+                group[1] = T.call_extern(i32, "gdn::uniform", tx // 32 % 4)
+                consume(group[0], group, item, qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project,
                         dq, dk, cu, scale, bits, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX,
                         fullS, emptyS, fullD, emptyD, fullV, emptyV)  # fmt: skip
             else:
@@ -383,6 +380,23 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                 hc = count[0] * R + g
                                 s = hc % 2
                                 h = hk * R + g
+                                # states have one buffer: the L2 fetches them while the last ones are in use
+                                for states in (entering, dleaving):
+                                    T.call_extern(
+                                        "handle",
+                                        "gdn::prefetch",
+                                        T.access_ptr(states[slot, h, 0, 0], "r"),
+                                        V * K * 2,
+                                    )
+                                if g == 0:
+                                    for x in (q, k):
+                                        T.call_extern(
+                                            "handle",
+                                            "gdn::prefetch_rows",
+                                            T.access_ptr(x[row, hk, 0], "r"),
+                                            Hk * K * 2,
+                                            at[3],
+                                        )
                                 T.mbarrier_wait_parity(emptyX[s], (hc // 2) % 2 ^ 1)
                                 T.tma_copy(
                                     do[row : row + C, h, :], xs[s * 3, :, :], barrier=fullX[s]
@@ -420,6 +434,9 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                         )
                                     if normalize:
                                         T.tma_copy(rnorm[slot, hk, :], rk, barrier=fullQ[0])
+                                    if tx % 32 == 0:
+                                        for x in T.unroll(3):
+                                            item[x] = at[1 + x]
                                     T.mbarrier_arrive(fullQ[0])
                                 for w in range(2):
                                     T.mbarrier_wait_parity(emptyD[w], hc % 2 ^ 1)
@@ -446,32 +463,17 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                     )
                                     T.mbarrier_arrive(emptyV[s])
                             else:
-                                for g in T.serial(R):
-                                    hc = count[0] * R + g
-                                    s = hc % 2
-                                    h = hk * R + g
-                                    half_columns = tx // 32 - 10
-                                    for x in T.unroll(2):
-                                        betas[x] = 1.0
-                                        if tx < 352 and tx % 32 + x * 32 < at[3]:
-                                            betas[x] = T.cast(
-                                                beta[row + tx % 32 + x * 32, h], f32
-                                            )
-                                    T.mbarrier_wait_parity(fullS[half_columns], hc % 2)
-                                    T.mbarrier_wait_parity(fullD[half_columns], hc % 2)
-                                    part[0] = T.call_extern(
-                                        f32,
-                                        f"gdn::trace<{half}>",
-                                        T.access_ptr(Ss[half_columns, 0, 0], "r"),
-                                        T.access_ptr(Ds[half_columns, 0, 0], "r"),
-                                    )
-                                    T.mbarrier_wait_parity(emptyV[s], (hc // 2) % 2 ^ 1)
-                                    if tx % 32 == 0:
-                                        T.mbarrier_arrive(emptyS[half_columns])
-                                        T.mbarrier_arrive(emptyD[half_columns])
-                                        traces[s, half_columns] = part[0]
-                                        T.mbarrier_arrive(fullV[s])
-                                    if tx < 352:
+                                if tx < 352:
+                                    for g in T.serial(R):
+                                        hc = count[0] * R + g
+                                        s = hc % 2
+                                        h = hk * R + g
+                                        for x in T.unroll(2):
+                                            betas[x] = 1.0
+                                            if tx % 32 + x * 32 < at[3]:
+                                                betas[x] = T.cast(
+                                                    beta[row + tx % 32 + x * 32, h], f32
+                                                )
                                         T.mbarrier_wait_parity(fullV[s], (hc // 2) % 2)
                                         T.call_extern(
                                             "handle",
@@ -488,5 +490,14 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                         )
                                         T.mbarrier_arrive(emptyV[s])
                         count[0] += 1
+                if tx < 288:  # consumers look one head ahead, past the last one too
+                    T.mbarrier_wait_parity(
+                        emptyX[count[0] * R % 2], (count[0] * R // 2) % 2 ^ 1
+                    )
+                    T.mbarrier_arrive(fullX[count[0] * R % 2])
+                    T.mbarrier_wait_parity(emptyQ[0], count[0] % 2 ^ 1)
+                    if tx % 32 == 0:
+                        item[2] = 0
+                    T.mbarrier_arrive(fullQ[0])
 
     return main

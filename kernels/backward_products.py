@@ -21,12 +21,9 @@ namespace gdn {
 __device__ __forceinline__ unsigned address(const void* p) {
   return (unsigned)__cvta_generic_to_shared(p);
 }
-__device__ __forceinline__ int uniform_warp() {
-  return __shfl_sync(~0u, (int)threadIdx.x >> 5 & 3, 0);
-}
-__device__ __forceinline__ int uniform_group() {
-  return __shfl_sync(~0u, (int)threadIdx.x >> 7, 0);
-}
+// Of a warp's index, in a way that the compiler knows to be the same in all lanes: descriptors and
+// branches that depend on it stay in uniform registers.
+__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(~0u, x); }
 __device__ __forceinline__ float power(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -155,7 +152,7 @@ __device__ __forceinline__ void clear(float* d) {
 }
 // Elements i, i of a [64, 64] accumulator become zero.
 __device__ __forceinline__ void drop_diagonal(float* m) {
-  const int lane = threadIdx.x & 31, warp = uniform_warp();
+  const int lane = threadIdx.x & 31, warp = (int)(threadIdx.x >> 5 & 3);
   const bool here = lane >> 3 == (lane & 3), odd = lane >> 2 & 1;
 #pragma unroll
   for (int t = 0; t < 4; ++t)
@@ -168,12 +165,11 @@ __device__ __forceinline__ void drop_diagonal(float* m) {
 // or K K^T. logs: log2 of |scale| / |q| and 1 / |k| by token. Rows past `valid` of dO and dV are not
 // of this document.
 template <bool HALF, bool NORM>
-__device__ __forceinline__ void pair_matrix(float* m, const float* qk, const float* g,
-                                            const float* logs, void* tile, float* rows,
-                                            float* columns, float* diagonal, int w, int valid,
-                                            float scale) {
-  const int lane = threadIdx.x & 31, warp = uniform_warp();
-  const int r = warp * 16 + (lane >> 2), c = (lane & 3) * 2;
+__device__ __forceinline__ void pair_matrix(const float* m, const float* qk, const float* g,
+                                            const float* logs, float* diagonal, unsigned* p,
+                                            float* x, int w, int warp, int valid, float scale) {
+  const int lane = threadIdx.x & 31, first = lane >> 2;
+  const int r = warp * 16 + first, c = (lane & 3) * 2;
   const float sign = w ? 1.f : -1.f;
   float a0 = -sign * g[r], a1 = -sign * g[r + 8];
   if (NORM) {
@@ -186,19 +182,16 @@ __device__ __forceinline__ void pair_matrix(float* m, const float* qk, const flo
   }
   const bool rare = valid < 64 || scale < 0;
   const float factor = !w && scale < 0 ? -1.f : 1.f;
-  const bool k0 = w ? c > (lane >> 2) : c <= (lane >> 2);
-  const bool k1 = w ? c + 1 > (lane >> 2) : c + 1 <= (lane >> 2);
-  unsigned p[16];
-  float x[16], r0 = 0, r1 = 0;
+  // blocks of 16 columns that are not zero, and what stays of the one on the diagonal
+  const unsigned blocks = w ? 15u << warp & 15u : (2u << warp) - 1;
+  const unsigned even = (w ? c > first : c <= first) ? ~0u : 0;
+  const unsigned odd = (w ? c + 1 > first : c + 1 <= first) ? ~0u : 0;
+  const unsigned above = w ? ~0u : 0, kept[8] = {even, odd, ~above, ~above, above, above, even, odd};
+  float r0 = 0, r1 = 0;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     float v[8];
-    if (w ? t >= warp : t <= warp) {
-      if (w && t == warp && lane >> 3 == (lane & 3)) {
-        const bool odd = lane >> 2 & 1;
-        diagonal[r] = odd ? m[8 * t + 1] : m[8 * t];
-        diagonal[r + 8] = odd ? m[8 * t + 7] : m[8 * t + 6];
-      }
+    if (blocks >> t & 1) {
       const float2 l = *(const float2*)(g + t * 16 + c), h = *(const float2*)(g + t * 16 + c + 8);
       float b[4] = {l.x, l.y, h.x, h.y};
       if (NORM) {
@@ -215,21 +208,18 @@ __device__ __forceinline__ void pair_matrix(float* m, const float* qk, const flo
         v[i] = m[8 * t + i] * power(NORM ? a + y : fmaf(sign, y, a));
       }
       if (t == warp) {
-        v[0] = k0 ? v[0] : 0.f;
-        v[1] = k1 ? v[1] : 0.f;
-        v[2] = w ? 0.f : v[2];
-        v[3] = w ? 0.f : v[3];
-        v[4] = w ? v[4] : 0.f;
-        v[5] = w ? v[5] : 0.f;
-        v[6] = k0 ? v[6] : 0.f;
-        v[7] = k1 ? v[7] : 0.f;
+        if (w && lane >> 3 == (lane & 3)) {
+          diagonal[r] = first & 1 ? m[8 * t + 1] : m[8 * t];
+          diagonal[r + 8] = first & 1 ? m[8 * t + 7] : m[8 * t + 6];
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = __uint_as_float(__float_as_uint(v[i]) & kept[i]);
       }
       if (rare) {
+        const int left = valid - (w ? t * 16 + c : r);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int token = w ? t * 16 + c + i / 4 * 8 + i % 2 : r + (i & 2) * 4;
-          v[i] = token < valid ? v[i] * factor : 0.f;
-        }
+        for (int i = 0; i < 8; ++i)
+          v[i] = (w ? i / 4 * 8 + i % 2 : (i & 2) * 4) < left ? v[i] * factor : 0.f;
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) p[4 * t + i] = pack<HALF>(v[2 * i], v[2 * i + 1]);
@@ -249,6 +239,13 @@ __device__ __forceinline__ void pair_matrix(float* m, const float* qk, const flo
       }
     }
   }
+  x[16] = r0;
+  x[17] = r1;
+}
+// The bf16 tile and the sums of E's rows and columns, to shared memory.
+__device__ __forceinline__ void store_pairs(unsigned* p, const float* x, void* tile, float* rows,
+                                            float* columns, int w, int warp) {
+  const int lane = threadIdx.x & 31;
   meet(1);  // the last head's products are through
   const unsigned panel = address(tile) + w * 8192;
 #pragma unroll
@@ -266,13 +263,13 @@ __device__ __forceinline__ void pair_matrix(float* m, const float* qk, const flo
     }
   }
   fence_shared();
-  sum_pairs(x, r0, r1, rows, columns);
+  sum_pairs(x, x[16], x[17], rows, columns);
 }
 // f: what dO S^T, dV S^T and Vd dS^T are multiplied by in a thread's two rows; then room for their dots.
 template <bool NORM>
 __device__ __forceinline__ void row_factors(float* f, const float* g, const float* logs, float* last,
                                             float scale) {
-  const int r = uniform_warp() * 16 + (threadIdx.x >> 2 & 7);
+  const int r = (int)(threadIdx.x >> 5 & 3) * 16 + (threadIdx.x >> 2 & 7);
   const float end = g[63];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -292,26 +289,46 @@ __device__ __forceinline__ void row_factors(float* f, const float* g, const floa
 #pragma unroll
   for (int i = 6; i < 12; ++i) f[i] = 0;
 }
-// a += f x by rows, and its row's dots <x, y>: factor and dots of product `which`.
+// a += f x by rows, and the dots <x, q> of a row.
 template <bool HALF>
-__device__ __forceinline__ void add_rows(float* a, const float* x, const void* y, float* factors,
-                                         int which) {
-  const float* f = factors + which;
-  float* dots = factors + 6 + which;
-  const unsigned panel = address(y);
-  const int warp = uniform_warp();
+__device__ __forceinline__ void add_query(float* a, const float* x, const void* q, float* f) {
+  const unsigned panel = address(q);
+  const int warp = threadIdx.x >> 5 & 3;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     unsigned words[4];
     load_matrices(matrices_at(panel, warp, t), words);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 z = unpack<HALF>(words[i]);
+      const float2 y = unpack<HALF>(words[i]);
       const int j = 8 * t + 2 * i, row = i & 1;
       a[j] = fmaf(f[row], x[j], a[j]);
       a[j + 1] = fmaf(f[row], x[j + 1], a[j + 1]);
-      dots[row] = fmaf(x[j], z.x, dots[row]);
-      dots[row] = fmaf(x[j + 1], z.y, dots[row]);
+      f[6 + row] = fmaf(x[j], y.x, f[6 + row]);
+      f[6 + row] = fmaf(x[j + 1], y.y, f[6 + row]);
+    }
+  }
+}
+// The same of two products, with k.
+template <bool HALF>
+__device__ __forceinline__ void add_key(float* a, const float* in, const float* out, const void* k,
+                                        float* f) {
+  const unsigned panel = address(k);
+  const int warp = threadIdx.x >> 5 & 3;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    unsigned words[4];
+    load_matrices(matrices_at(panel, warp, t), words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 y = unpack<HALF>(words[i]);
+      const int j = 8 * t + 2 * i, row = i & 1;
+      a[j] = fmaf(f[4 + row], out[j], fmaf(f[2 + row], in[j], a[j]));
+      a[j + 1] = fmaf(f[4 + row], out[j + 1], fmaf(f[2 + row], in[j + 1], a[j + 1]));
+      f[8 + row] = fmaf(in[j], y.x, f[8 + row]);
+      f[8 + row] = fmaf(in[j + 1], y.y, f[8 + row]);
+      f[10 + row] = fmaf(out[j], y.x, f[10 + row]);
+      f[10 + row] = fmaf(out[j + 1], y.y, f[10 + row]);
     }
   }
 }
@@ -334,7 +351,7 @@ __device__ __forceinline__ void store_dots(const float* f, float* dots) {
 template <bool HALF>
 __device__ __forceinline__ void project_rows(const float* q, const float* k, const void* queries,
                                              const void* keys, float* project) {
-  const int warp = uniform_warp();
+  const int warp = (int)(threadIdx.x >> 5 & 3);
   float d[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
@@ -358,7 +375,7 @@ template <bool HALF>
 __device__ __forceinline__ void subtract_rows(float* q, float* k, const void* queries,
                                               const void* keys, const float* project,
                                               const float* logs, float scale) {
-  const int warp = uniform_warp(), r = warp * 16 + (threadIdx.x >> 2 & 7);
+  const int warp = (int)(threadIdx.x >> 5 & 3), r = warp * 16 + (threadIdx.x >> 2 & 7);
   float f[4];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -404,19 +421,33 @@ __device__ __forceinline__ void take_logs(const void* queries, const float* rk, 
   sum += __shfl_xor_sync(~0u, sum, 1);
   logs[t >> 1] = __log2f(fabsf(scale)) - 0.5f * __log2f(sum + 1e-6f);
 }
-// A warpgroup's accumulators into a panel.
+// A warpgroup's accumulators to 64 columns of `valid` rows in memory.
 template <bool HALF>
-__device__ __forceinline__ void stage_rows(const float* a, void* tile) {
-  const unsigned panel = address(tile);
-  const int warp = uniform_warp();
+__device__ __forceinline__ void store_rows(const float* a, void* out, long stride, int valid) {
+  const int r = (threadIdx.x >> 5 & 3) * 16 + (threadIdx.x >> 2 & 7);
+  char* at = (char*)out + r * stride + (threadIdx.x & 3) * 4;
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    unsigned p[4];
+  for (int i = 0; i < 2; ++i)
+    if (r + i * 8 < valid)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) p[i] = pack<HALF>(a[8 * t + 2 * i], a[8 * t + 2 * i + 1]);
-    store_matrices(matrices_at(panel, warp, t), p);
-  }
-  fence_shared();
+      for (int j = 0; j < 8; ++j)
+        *(unsigned*)(at + i * 8 * stride + j * 16) =
+            pack<HALF>(a[4 * j + 2 * i], a[4 * j + 2 * i + 1]);
+}
+// One warp asks the L2 for memory that it will load later: 16 B to many KB, and rows of 256 B.
+__device__ __forceinline__ void prefetch(const void* p, int bytes) {
+  if ((threadIdx.x & 31) == 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
+                 "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void prefetch_rows(const void* p, long stride, int rows) {
+#pragma unroll
+  for (int row = threadIdx.x & 31; row < 64; row += 32)
+    if (row < rows)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(
+            __cvta_generic_to_global((const char*)p + row * stride + i * 128)));
 }
 template <bool HALF>
 __device__ __forceinline__ void multiply_rows(float* c, const unsigned* a, unsigned b0,
@@ -432,19 +463,17 @@ __device__ __forceinline__ void multiply_rows(float* c, const unsigned* a, unsig
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// One warp: <x, y> of two panels of 128 rows, in every lane.
+// <x, y> of two panels' rows 32 warp.., the diagonals of products of 16 rows; lane 0 writes it.
 template <bool HALF>
-__device__ __forceinline__ float trace(const void* x, const void* y) {
+__device__ __forceinline__ void trace(const void* x, const void* y, float* out, int warp) {
   float c[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  const unsigned apart = address(y) - address(x);
-#pragma unroll 1
-  for (int row = 0; row < 8; ++row)
+#pragma unroll
+  for (int row = 0; row < 2; ++row)
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       unsigned a[4], b[4];
-      const unsigned at = matrices_at(address(x), row, t);
-      load_matrices(at, a);
-      load_matrices(at + apart, b);
+      load_matrices(matrices_at(address(x), warp * 2 + row, t), a);
+      load_matrices(matrices_at(address(y), warp * 2 + row, t), b);
       multiply_rows<HALF>(c, a, b[0], b[2]);
       multiply_rows<HALF>(c + 4, a, b[1], b[3]);
     }
@@ -453,7 +482,7 @@ __device__ __forceinline__ float trace(const void* x, const void* y) {
   if (lane >> 3 != (lane & 3)) sum = 0;
 #pragma unroll
   for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-  return sum;
+  if (lane == 0) out[warp] = sum;
 }
 }  // namespace gdn
 #endif
