@@ -29,6 +29,7 @@ dx = acc - (x / |x|^2) <x, acc> at the end of an item.
 import tilelang
 import tilelang.language as T
 
+from .backward_products import SOURCE as PRODUCTS
 from .backward_sums import SOURCE
 from .common import CHUNK, FLAGS, TARGET, find_document
 
@@ -45,6 +46,9 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
     L, NC, Hk, Hv = T.dynamic("L"), T.dynamic("NC"), T.dynamic("Hk"), T.dynamic("Hv")
     N1, NR, NP = T.dynamic("N1"), T.dynamic("NR"), T.dynamic("NP")
     smallest = SMALLEST_BETA[dtype]
+    half, norm = str(dtype == "float16").lower(), str(normalize).lower()
+    PAIR = f"gdn::product<{half}, 0, 0, 8, 1, true>"  # rows times rows, 128 columns
+    INTER = f"gdn::product<{half}, 0, 1, 8, 1, true>"  # [C, V] times a state's [V, 64]
 
     @T.macro
     def find_item(item, cu, heads, documents, bits, doc, at):
@@ -56,201 +60,248 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         at[3] = cu[doc[0] + 1] - at[2]
 
     @T.macro
-    def store_rows(ms, out, row, valid, hk, w, tx):
-        if valid >= C:
-            T.tma_copy(ms[w, :, :], out[row : row + C, hk, w * HALF : w * HALF + HALF])
-            T.tma_store_wait()
-        else:
-            for x in T.serial(C // 16):
-                if x * 16 + tx % 128 // 8 < valid:
-                    for y in T.vectorized(8):
-                        out[row + x * 16 + tx % 128 // 8, hk, w * HALF + tx % 8 * 8 + y] = ms[
-                            w, x * 16 + tx % 128 // 8, tx % 8 * 8 + y
-                        ]
-
-    @T.macro
-    def consume(w, qk, xs, Ss, Ds, ms, gs, rk, rq, sums, traces, diagonal, project, dq, dk, cu,
+    def consume(w, group, item, qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project, dq, dk, cu,
                 scale, bits, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX, fullS, emptyS,
                 fullD, emptyD, fullV, emptyV):  # fmt: skip
-        M = T.alloc_fragment((C, C), f32)
-        QK = T.alloc_fragment((C, C), f32)
-        Mb = T.alloc_fragment((C, C), dtype)
-        Aq = T.alloc_fragment((C, HALF), f32)
-        Ak = T.alloc_fragment((C, HALF), f32)
-        Iq = T.alloc_fragment((C, HALF), f32)
-        Iv = T.alloc_fragment((C, HALF), f32)
-        Id = T.alloc_fragment((C, HALF), f32)
-        eq = T.alloc_fragment((C,), f32)
-        ein = T.alloc_fragment((C,), f32)
-        eout = T.alloc_fragment((C,), f32)
-        dots = T.alloc_fragment((C,), f32)
-        ends = T.alloc_fragment((C,), f32)
-        Of = T.alloc_fragment((C, HALF), dtype)
-        part = T.alloc_local((1,), f32)
-        lr = T.alloc_local((8,), dtype)
-        ls = T.alloc_local((8,), dtype)
+        M = T.alloc_local((32,), f32)
+        QK = T.alloc_local((32,), f32)
+        Aq = T.alloc_local((32,), f32)
+        Ak = T.alloc_local((32,), f32)
+        Iq = T.alloc_local((32,), f32)
+        Iv = T.alloc_local((32,), f32)
+        Id = T.alloc_local((32,), f32)
+        rows = T.alloc_local((12,), f32)
+        packed = T.alloc_local((16,), "uint32")
+        pair_sums = T.alloc_local((18,), f32)
+        at[3] = 1
+        # the first head's pair matrix: every head makes the next one's
+        T.mbarrier_wait_parity(fullX[0], 0)
+        T.call_extern(
+            "handle",
+            PAIR,
+            M.data,
+            T.access_ptr(xs[2 * w, 0, 0], "r"),
+            T.access_ptr(xs[2 - w, 0, 0], "r"),
+        )
+        T.call_extern("handle", "gdn::commit_products")
+        T.call_extern("handle", "gdn::wait_products<0>")
+        T.call_extern("handle", "gdn::settle", M.data)
         for it in T.serial(T.ceildiv(NC * Hk - bx, processors)):
-            find_item(bx + it * processors, cu, Hk, N1 - 1, bits, doc, at)
+            if at[3] > 0:
+                T.mbarrier_wait_parity(fullQ[0], count[0] % 2)
+                for x in T.unroll(3):
+                    at[1 + x] = item[x]
             valid = at[3]
             if valid > 0:
-                T.mbarrier_wait_parity(fullQ[0], count[0] % 2)
-                T.wgmma_gemm(qk[2 * w, :, :], qk[2, :, :], QK, transpose_B=True, clear_accum=True)
-                T.wgmma_gemm(qk[2 * w + 1, :, :], qk[3, :, :], QK, transpose_B=True)
-                T.clear(Aq)
-                T.clear(Ak)
+                T.call_extern("handle", "gdn::clear", Aq.data)
+                T.call_extern("handle", "gdn::clear", Ak.data)
+                T.call_extern(
+                    "handle",
+                    PAIR,
+                    QK.data,
+                    T.access_ptr(qk[2 * w, 0, 0], "r"),
+                    T.access_ptr(qk[2, 0, 0], "r"),
+                )
+                T.call_extern("handle", "gdn::commit_products")
                 if normalize:
-                    if w == 0:
-                        part[0] = 0.0
-                        for x in T.serial(HALF):
-                            part[0] += T.cast(qk[tx % 2, tx // 2, x], f32) * (
-                                T.cast(qk[tx % 2, tx // 2, x], f32)
-                            )
-                        part[0] += T.shfl_xor(part[0], 1)
-                        rq[tx // 2] = T.rsqrt(part[0] + 1e-6)
-                    T.call_extern("handle", "gdn::meet", 1)
-                T.wait_wgmma(0)
-                for g in T.serial(R):
-                    hc = count[0] * R + g
-                    s = hc % 2
-                    T.mbarrier_wait_parity(fullX[s], (hc // 2) % 2)
-                    T.wgmma_gemm(
-                        xs[s * 3 + w, :, :],
-                        xs[s * 3 + 2, :, :],
-                        M,
-                        transpose_B=True,
-                        clear_accum=True,
-                    )
-                    T.mbarrier_wait_parity(fullS[w], hc % 2)
-                    T.wgmma_gemm(xs[s * 3, :, :], Ss[w, :, :], Iq, clear_accum=True)
-                    T.wait_wgmma(1)
-                    T.mbarrier_wait_parity(emptyV[s], (hc // 2) % 2 ^ 1)
-                    if w == 1:
-                        for x, y in T.Parallel(C, C):
-                            if x == y:
-                                diagonal[s, x] = M[x, y]
-                    # the mask comes after the arithmetic: branches here cost more than exps
-                    for x, y in T.Parallel(C, C):
-                        M[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                    for x, y in T.Parallel(C, C):
-                        if w == 0:
-                            if normalize:
-                                M[x, y] *= scale * rq[x] * rk[y]
-                            else:
-                                M[x, y] *= scale
-                        else:
-                            if normalize:
-                                M[x, y] *= -rk[x] * rk[y]
-                            else:
-                                M[x, y] *= -1.0
-                    for x, y in T.Parallel(C, C):
-                        M[x, y] = T.if_then_else(x >= y + w, M[x, y], 0.0)
-                    if valid < C:
-                        for x, y in T.Parallel(C, C):
-                            M[x, y] = T.if_then_else(x < valid, M[x, y], 0.0)
-                    T.copy(M, Mb)
-                    T.call_extern("handle", "gdn::meet", 1)  # the last head's products are through
-                    T.copy(Mb, ms[w, :, :])
-                    T.call_extern("handle", "gdn::fence_shared")
-                    for x, y in T.Parallel(C, C):
-                        M[x, y] *= QK[x, y]
-                    if w == 0:  # N has no diagonal to leave out
-                        for x, y in T.Parallel(C, C):
-                            M[x, y] = T.if_then_else(x > y, M[x, y], 0.0)
                     T.call_extern(
                         "handle",
-                        "gdn::pair_sums",
+                        f"gdn::take_logs<{half}>",
+                        T.access_ptr(qk[0, 0, 0], "r"),
+                        T.access_ptr(rk[0], "r"),
+                        T.access_ptr(logs[0], "w"),
+                        w,
+                        scale,
+                    )
+                    T.call_extern("handle", "gdn::meet", 1)
+                T.call_extern("handle", "gdn::wait_products<0>")
+                T.call_extern("handle", "gdn::settle", QK.data)
+                T.call_extern("handle", "gdn::drop_diagonal", QK.data)
+                for g in T.serial(R):
+                    group[2] = T.call_extern(i32, "gdn::uniform", count[0] * R + g)
+                    hc = group[2]
+                    s = hc % 2
+                    T.mbarrier_wait_parity(emptyV[s], (hc // 2) % 2 ^ 1)
+                    T.call_extern(
+                        "handle",
+                        f"gdn::pair_matrix<{half}, {norm}>",
                         M.data,
+                        QK.data,
+                        T.access_ptr(gs[s, 0], "r"),
+                        T.access_ptr(logs[0], "r"),
+                        T.access_ptr(diagonal[s, 0], "w"),
+                        packed.data,
+                        pair_sums.data,
+                        w,
+                        group[1],
+                        valid,
+                        scale,
+                    )
+                    T.mbarrier_wait_parity(fullS[w], hc % 2)
+                    T.call_extern(
+                        "handle",
+                        INTER,
+                        Iq.data,
+                        T.access_ptr(xs[s * 3, 0, 0], "r"),
+                        T.access_ptr(Ss[w, 0, 0], "r"),
+                    )
+                    T.call_extern("handle", "gdn::commit_products")
+                    T.call_extern(
+                        "handle",
+                        "gdn::store_pairs",
+                        packed.data,
+                        pair_sums.data,
+                        T.access_ptr(ms[0, 0, 0], "w"),
                         T.access_ptr(sums[s * 2 + w, 0], "w"),
                         T.access_ptr(sums[s * 2 + w, 64], "w"),
+                        w,
+                        group[1],
                     )
-                    T.wgmma_gemm(xs[s * 3 + 1, :, :], Ss[w, :, :], Iv, clear_accum=True)
                     T.mbarrier_wait_parity(fullD[w], hc % 2)
-                    T.wgmma_gemm(xs[s * 3 + 2, :, :], Ds[w, :, :], Id, clear_accum=True)
-                    # a row of S and of dS a thread
-                    part[0] = 0.0
-                    for x in T.unroll(HALF // 8):
-                        for y in T.vectorized(8):
-                            ls[y] = Ss[w, tx % 128, x * 8 + y]
-                        for y in T.vectorized(8):
-                            lr[y] = Ds[w, tx % 128, x * 8 + y]
-                        for y in T.unroll(8):
-                            part[0] += T.cast(ls[y], f32) * T.cast(lr[y], f32)
-                    part[0] = T.warp_reduce_sum(part[0]) * T.exp2(gs[s, C - 1])
+                    T.call_extern(
+                        "handle",
+                        f"gdn::trace<{half}>",
+                        T.access_ptr(Ss[w, 0, 0], "r"),
+                        T.access_ptr(Ds[w, 0, 0], "r"),
+                        T.access_ptr(traces[s, w * 4], "w"),
+                        group[1],
+                    )
+                    T.call_extern(
+                        "handle",
+                        INTER,
+                        Iv.data,
+                        T.access_ptr(xs[s * 3 + 1, 0, 0], "r"),
+                        T.access_ptr(Ss[w, 0, 0], "r"),
+                    )
+                    T.call_extern(
+                        "handle",
+                        INTER,
+                        Id.data,
+                        T.access_ptr(xs[s * 3 + 2, 0, 0], "r"),
+                        T.access_ptr(Ds[w, 0, 0], "r"),
+                    )
+                    T.call_extern("handle", "gdn::commit_products")
+                    T.call_extern(
+                        "handle",
+                        f"gdn::row_factors<{norm}>",
+                        rows.data,
+                        T.access_ptr(gs[s, 0], "r"),
+                        T.access_ptr(logs[0], "r"),
+                        T.access_ptr(traces[s, 8], "w"),
+                        scale,
+                    )
+                    T.call_extern("handle", "gdn::meet", 2)  # dP and N + N^T are there
+                    T.call_extern(
+                        "handle",
+                        f"gdn::product<{half}, 1, 1, 4, 1, false>",
+                        Ak.data,
+                        T.access_ptr(ms[0, 0, 0], "r"),
+                        T.access_ptr(qk[w, 0, 0], "r"),
+                    )
+                    T.call_extern(
+                        "handle",
+                        f"gdn::product<{half}, 0, 1, 4, -1, false>",
+                        Ak.data,
+                        T.access_ptr(ms[1, 0, 0], "r"),
+                        T.access_ptr(qk[2 + w, 0, 0], "r"),
+                    )
+                    T.call_extern("handle", "gdn::commit_products")
+                    T.call_extern("handle", "gdn::wait_products<2>")
+                    T.call_extern("handle", "gdn::settle", Iq.data)
+                    T.call_extern(
+                        "handle",
+                        f"gdn::add_query<{half}>",
+                        Aq.data,
+                        Iq.data,
+                        T.access_ptr(qk[w, 0, 0], "r"),
+                        rows.data,
+                    )
+                    T.call_extern("handle", "gdn::wait_products<1>")
+                    T.call_extern("handle", "gdn::settle", Iv.data)
+                    T.call_extern("handle", "gdn::settle", Id.data)
                     if tx % 32 == 0:
-                        traces[s, tx // 32] = part[0]
-                    T.wait_wgmma(1)
-                    T.mbarrier_arrive(emptyS[w])
-                    for x in T.Parallel(C):
-                        if normalize:
-                            eq[x] = T.exp2(gs[s, x]) * (scale * rq[x])
-                            ein[x] = T.exp2(gs[s, x]) * rk[x]
-                            eout[x] = T.exp2(gs[s, C - 1] - gs[s, x]) * rk[x]
-                        else:
-                            eq[x] = T.exp2(gs[s, x]) * scale
-                            ein[x] = T.exp2(gs[s, x])
-                            eout[x] = T.exp2(gs[s, C - 1] - gs[s, x])
-                    for x, y in T.Parallel(C, HALF):
-                        Iq[x, y] *= eq[x]
-                    for x, y in T.Parallel(C, HALF):
-                        Iv[x, y] *= ein[x]
-                    for x, y in T.Parallel(C, HALF):
-                        Aq[x, y] += Iq[x, y]
-                    T.wait_wgmma(0)
-                    T.mbarrier_arrive(emptyD[w])
-                    T.mbarrier_arrive(emptyX[s])
-                    for x, y in T.Parallel(C, HALF):
-                        Id[x, y] *= eout[x]
-                    for x, y in T.Parallel(C, HALF):
-                        Ak[x, y] += Id[x, y] - Iv[x, y]
-                    T.call_extern("handle", "gdn::meet", 2)  # dP and -N are there
-                    T.wgmma_gemm(ms[0, :, :], qk[2 + w, :, :], Aq)
-                    T.wgmma_gemm(ms[0, :, :], qk[w, :, :], Ak, transpose_A=True)
-                    T.wgmma_gemm(ms[1, :, :], qk[2 + w, :, :], Ak)
-                    T.wgmma_gemm(ms[1, :, :], qk[2 + w, :, :], Ak, transpose_A=True)
-                    for x, y in T.Parallel(C, HALF):
-                        Iq[x, y] = Iq[x, y] * qk[w, x, y] - (Iv[x, y] + Id[x, y]) * qk[2 + w, x, y]
-                    for x, y in T.Parallel(C, HALF):
-                        Id[x, y] *= qk[2 + w, x, y]
-                    T.reduce_sum(Iq, dots, dim=1, clear=True)
-                    T.reduce_sum(Id, ends, dim=1, clear=True)
-                    for x in T.Parallel(C):
-                        sums[s * 2 + w, 320 + x] = dots[x]
-                    for x in T.Parallel(C):
-                        sums[s * 2 + w, 384 + x] = ends[x]
-                    T.mbarrier_arrive(fullV[s])
-                    T.wait_wgmma(0)
+                        T.mbarrier_arrive(emptyS[w])
+                        T.mbarrier_arrive(emptyD[w])
+                        T.mbarrier_arrive(emptyX[s])
+                    T.mbarrier_wait_parity(fullX[1 - s], ((hc + 1) // 2) % 2)
+                    T.call_extern(
+                        "handle",
+                        f"gdn::product<{half}, 0, 1, 4, 1, false>",
+                        Aq.data,
+                        T.access_ptr(ms[0, 0, 0], "r"),
+                        T.access_ptr(qk[2 + w, 0, 0], "r"),
+                    )
+                    T.call_extern(
+                        "handle",
+                        PAIR,
+                        M.data,
+                        T.access_ptr(xs[(1 - s) * 3 + 2 * w, 0, 0], "r"),
+                        T.access_ptr(xs[(1 - s) * 3 + 2 - w, 0, 0], "r"),
+                    )
+                    T.call_extern("handle", "gdn::commit_products")
+                    T.call_extern("handle", "gdn::wait_products<1>")
+                    T.call_extern("handle", "gdn::settle", Ak.data)
+                    T.call_extern(
+                        "handle",
+                        f"gdn::add_key<{half}>",
+                        Ak.data,
+                        Iv.data,
+                        Id.data,
+                        T.access_ptr(qk[2 + w, 0, 0], "r"),
+                        rows.data,
+                    )
+                    T.call_extern(
+                        "handle",
+                        "gdn::store_dots",
+                        rows.data,
+                        T.access_ptr(sums[s * 2 + w, 320], "w"),
+                    )
+                    T.call_extern("handle", "__syncwarp")
+                    if tx % 32 == 0:
+                        T.mbarrier_arrive(fullV[s])
+                    T.call_extern("handle", "gdn::wait_products<0>")
+                    T.call_extern("handle", "gdn::settle", Aq.data)
+                    T.call_extern("handle", "gdn::settle", M.data)
                 if normalize:
-                    for x, y in T.Parallel(C, HALF):
-                        Iq[x, y] = Aq[x, y] * qk[w, x, y]
-                    for x, y in T.Parallel(C, HALF):
-                        Id[x, y] = Ak[x, y] * qk[2 + w, x, y]
-                    T.reduce_sum(Iq, dots, dim=1, clear=True)
-                    T.reduce_sum(Id, ends, dim=1, clear=True)
-                    for x in T.Parallel(C):
-                        project[w, x] = dots[x]
-                    for x in T.Parallel(C):
-                        project[w, C + x] = ends[x]
-                T.call_extern("handle", "gdn::meet", 1)
+                    T.call_extern(
+                        "handle",
+                        f"gdn::project_rows<{half}>",
+                        Aq.data,
+                        Ak.data,
+                        T.access_ptr(qk[w, 0, 0], "r"),
+                        T.access_ptr(qk[2 + w, 0, 0], "r"),
+                        T.access_ptr(project[w, 0], "w"),
+                    )
                 if normalize:
-                    for x in T.Parallel(C):
-                        eq[x] = (project[0, x] + project[1, x]) * rq[x] * rq[x]
-                        eout[x] = (project[0, C + x] + project[1, C + x]) * rk[x] * rk[x]
-                    for x, y in T.Parallel(C, HALF):
-                        Aq[x, y] -= eq[x] * qk[w, x, y]
-                    for x, y in T.Parallel(C, HALF):
-                        Ak[x, y] -= eout[x] * qk[2 + w, x, y]
+                    T.call_extern("handle", "gdn::meet", 1)
+                    T.call_extern(
+                        "handle",
+                        f"gdn::subtract_rows<{half}>",
+                        Aq.data,
+                        Ak.data,
+                        T.access_ptr(qk[w, 0, 0], "r"),
+                        T.access_ptr(qk[2 + w, 0, 0], "r"),
+                        T.access_ptr(project[0, 0], "r"),
+                        T.access_ptr(logs[0], "r"),
+                        scale,
+                    )
                 T.mbarrier_arrive(emptyQ[0])
-                T.copy(Aq, Of)
-                T.copy(Of, ms[w, :, :])
-                T.call_extern("handle", "gdn::fence_shared")
-                T.call_extern("handle", "gdn::meet_half", 3 + w)
-                store_rows(ms, dq, at[2], valid, at[1], w, tx)
-                T.call_extern("handle", "gdn::meet_half", 3 + w)
-                T.copy(Ak, Of)
-                T.copy(Of, ms[w, :, :])
-                T.call_extern("handle", "gdn::fence_shared")
-                T.call_extern("handle", "gdn::meet_half", 3 + w)
-                store_rows(ms, dk, at[2], valid, at[1], w, tx)
+                T.call_extern(
+                    "handle",
+                    f"gdn::store_rows<{half}>",
+                    Aq.data,
+                    T.access_ptr(dq[at[2], at[1], w * HALF], "w"),
+                    Hk * K * 2,
+                    valid,
+                )
+                T.call_extern(
+                    "handle",
+                    f"gdn::store_rows<{half}>",
+                    Ak.data,
+                    T.access_ptr(dk[at[2], at[1], w * HALF], "w"),
+                    Hk * K * 2,
+                    valid,
+                )
                 count[0] += 1
 
     @T.prim_func
@@ -275,7 +326,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         bits: T.int32,
     ):
         with T.Kernel(processors, threads=384) as bx:
-            T.import_source(SOURCE)
+            T.import_source(SOURCE + PRODUCTS)
             qk = T.alloc_shared((4, C, HALF), dtype)  # halves of q, halves of k
             xs = T.alloc_shared((6, C, V), dtype)  # [stage * 3 + (dO, dV, Vd)]
             Ss = T.alloc_shared((2, V, HALF), dtype)
@@ -283,143 +334,170 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             ms = T.alloc_shared((2, C, C), dtype)  # dP, -N
             gs = T.alloc_shared((2, C), f32)
             rk = T.alloc_shared((C,), f32)
-            rq = T.alloc_shared((C,), f32)
+            logs = T.alloc_shared((2 * C,), f32)
             project = T.alloc_shared((2, 2 * C), f32)
             sums = T.alloc_shared((4, 7 * C), f32)  # rows, columns of 4 warps, dots, ends
-            traces = T.alloc_shared((2, 8), f32)
+            traces = T.alloc_shared((2, 16), f32)
             diagonal = T.alloc_shared((2, C), f32)
+            item = T.alloc_shared((4,), i32)  # key head, first token, tokens of the document from there
 
             betas = T.alloc_local((2,), f32)
             doc = T.alloc_local((1,), i32)
             at = T.alloc_local((4,), i32)
             count = T.alloc_local((1,), i32)  # items so far
+            group = T.alloc_local((3,), i32)  # warpgroup, warp in it, heads so far
             T.annotate_layout(
                 {x: tilelang.layout.make_swizzled_layout(x) for x in (qk, xs, Ss, Ds, ms)}
             )
             fullQ = T.alloc_barrier([32])
             emptyQ = T.alloc_barrier([256])
             fullX = T.alloc_barrier([32] * 2)
-            emptyX = T.alloc_barrier([256] * 2)
+            emptyX = T.alloc_barrier([8] * 2)
             fullS = T.alloc_barrier([32] * 2)
-            emptyS = T.alloc_barrier([128] * 2)
+            emptyS = T.alloc_barrier([4] * 2)
             fullD = T.alloc_barrier([32] * 2)
-            emptyD = T.alloc_barrier([128] * 2)
-            fullV = T.alloc_barrier([256] * 2)
+            emptyD = T.alloc_barrier([4] * 2)
+            fullV = T.alloc_barrier([8] * 2)
             emptyV = T.alloc_barrier([64] * 2)
             tx = T.get_thread_binding()
             count[0] = 0
 
-            if tx < 128:
-                T.set_max_nreg(232, 1)
-                consume(0, qk, xs, Ss, Ds, ms, gs, rk, rq, sums, traces, diagonal, project, dq, dk,
-                        cu, scale, bits, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX, fullS,
-                        emptyS, fullD, emptyD, fullV, emptyV)  # fmt: skip
+            if tx < 256:
+                T.set_max_nreg(224, 1)
+                group[0] = T.call_extern(i32, "gdn::uniform", tx // 128)
+                group[1] = T.call_extern(i32, "gdn::uniform", tx // 32 % 4)
+                consume(group[0], group, item, qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project,
+                        dq, dk, cu, scale, bits, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX,
+                        fullS, emptyS, fullD, emptyD, fullV, emptyV)  # fmt: skip
             else:
-                if tx < 256:
-                    T.set_max_nreg(232, 1)
-                    consume(1, qk, xs, Ss, Ds, ms, gs, rk, rq, sums, traces, diagonal, project, dq, dk,
-                            cu, scale, bits, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX, fullS,
-                            emptyS, fullD, emptyD, fullV, emptyV)  # fmt: skip
-                else:
-                    T.set_max_nreg(40, 0)
-                    for it in T.serial(T.ceildiv(NC * Hk - bx, processors)):
-                        find_item(bx + it * processors, cu, Hk, N1 - 1, bits, doc, at)
-                        if at[3] > 0:
-                            slot, hk, row = at[0], at[1], at[2]
-                            if tx < 288:
+                T.set_max_nreg(56, 0)
+                for it in T.serial(T.ceildiv(NC * Hk - bx, processors)):
+                    find_item(bx + it * processors, cu, Hk, N1 - 1, bits, doc, at)
+                    if at[3] > 0:
+                        slot, hk, row = at[0], at[1], at[2]
+                        if tx < 288:
+                            for g in T.serial(R):
+                                hc = count[0] * R + g
+                                s = hc % 2
+                                h = hk * R + g
+                                # states have one buffer: the L2 fetches them while the last ones are in use
+                                for states in (entering, dleaving):
+                                    T.call_extern(
+                                        "handle",
+                                        "gdn::prefetch",
+                                        T.access_ptr(states[slot, h, 0, 0], "r"),
+                                        V * K * 2,
+                                    )
+                                if g == 0:
+                                    for x in (q, k):
+                                        T.call_extern(
+                                            "handle",
+                                            "gdn::prefetch_rows",
+                                            T.access_ptr(x[row, hk, 0], "r"),
+                                            Hk * K * 2,
+                                            at[3],
+                                        )
+                                T.mbarrier_wait_parity(emptyX[s], (hc // 2) % 2 ^ 1)
+                                T.tma_copy(
+                                    do[row : row + C, h, :], xs[s * 3, :, :], barrier=fullX[s]
+                                )
+                                T.tma_copy(
+                                    dv[row : row + C, h, :],
+                                    xs[s * 3 + 1, :, :],
+                                    barrier=fullX[s],
+                                )
+                                T.tma_copy(
+                                    vd[slot, h, :, :], xs[s * 3 + 2, :, :], barrier=fullX[s]
+                                )
+                                T.tma_copy(gate[slot, h, :], gs[s, :], barrier=fullX[s])
+                                T.mbarrier_arrive(fullX[s])
+                                for w in range(2):
+                                    T.mbarrier_wait_parity(emptyS[w], hc % 2 ^ 1)
+                                    T.tma_copy(
+                                        entering[slot, h, :, w * HALF : w * HALF + HALF],
+                                        Ss[w, :, :],
+                                        barrier=fullS[w],
+                                    )
+                                    T.mbarrier_arrive(fullS[w])
+                                if g == 0:
+                                    T.mbarrier_wait_parity(emptyQ[0], count[0] % 2 ^ 1)
+                                    for w in range(2):
+                                        T.tma_copy(
+                                            q[row : row + C, hk, w * HALF : w * HALF + HALF],
+                                            qk[w, :, :],
+                                            barrier=fullQ[0],
+                                        )
+                                        T.tma_copy(
+                                            k[row : row + C, hk, w * HALF : w * HALF + HALF],
+                                            qk[2 + w, :, :],
+                                            barrier=fullQ[0],
+                                        )
+                                    if normalize:
+                                        T.tma_copy(rnorm[slot, hk, :], rk, barrier=fullQ[0])
+                                    if tx % 32 == 0:
+                                        for x in T.unroll(3):
+                                            item[x] = at[1 + x]
+                                    T.mbarrier_arrive(fullQ[0])
+                                for w in range(2):
+                                    T.mbarrier_wait_parity(emptyD[w], hc % 2 ^ 1)
+                                    T.tma_copy(
+                                        dleaving[slot, h, :, w * HALF : w * HALF + HALF],
+                                        Ds[w, :, :],
+                                        barrier=fullD[w],
+                                    )
+                                    T.mbarrier_arrive(fullD[w])
+                        else:
+                            if tx < 320:
                                 for g in T.serial(R):
                                     hc = count[0] * R + g
                                     s = hc % 2
-                                    h = hk * R + g
-                                    T.mbarrier_wait_parity(emptyX[s], (hc // 2) % 2 ^ 1)
-                                    T.tma_copy(
-                                        do[row : row + C, h, :], xs[s * 3, :, :], barrier=fullX[s]
+                                    T.mbarrier_wait_parity(fullV[s], (hc // 2) % 2)
+                                    T.call_extern(
+                                        "handle",
+                                        "gdn::gate_gradient",
+                                        T.access_ptr(sums[s * 2, 0], "r"),
+                                        T.access_ptr(traces[s, 0], "r"),
+                                        T.access_ptr(dg[row, hk * R + g], "w"),
+                                        Hv,
+                                        at[3],
                                     )
-                                    T.tma_copy(
-                                        dv[row : row + C, h, :],
-                                        xs[s * 3 + 1, :, :],
-                                        barrier=fullX[s],
-                                    )
-                                    T.tma_copy(
-                                        vd[slot, h, :, :], xs[s * 3 + 2, :, :], barrier=fullX[s]
-                                    )
-                                    T.tma_copy(gate[slot, h, :], gs[s, :], barrier=fullX[s])
-                                    T.mbarrier_arrive(fullX[s])
-                                    for w in range(2):
-                                        T.mbarrier_wait_parity(emptyS[w], hc % 2 ^ 1)
-                                        T.tma_copy(
-                                            entering[slot, h, :, w * HALF : w * HALF + HALF],
-                                            Ss[w, :, :],
-                                            barrier=fullS[w],
-                                        )
-                                        T.mbarrier_arrive(fullS[w])
-                                    if g == 0:
-                                        T.mbarrier_wait_parity(emptyQ[0], count[0] % 2 ^ 1)
-                                        for w in range(2):
-                                            T.tma_copy(
-                                                q[row : row + C, hk, w * HALF : w * HALF + HALF],
-                                                qk[w, :, :],
-                                                barrier=fullQ[0],
-                                            )
-                                            T.tma_copy(
-                                                k[row : row + C, hk, w * HALF : w * HALF + HALF],
-                                                qk[2 + w, :, :],
-                                                barrier=fullQ[0],
-                                            )
-                                        if normalize:
-                                            T.tma_copy(rnorm[slot, hk, :], rk, barrier=fullQ[0])
-                                        T.mbarrier_arrive(fullQ[0])
-                                    for w in range(2):
-                                        T.mbarrier_wait_parity(emptyD[w], hc % 2 ^ 1)
-                                        T.tma_copy(
-                                            dleaving[slot, h, :, w * HALF : w * HALF + HALF],
-                                            Ds[w, :, :],
-                                            barrier=fullD[w],
-                                        )
-                                        T.mbarrier_arrive(fullD[w])
+                                    T.mbarrier_arrive(emptyV[s])
                             else:
-                                if tx < 320:
+                                if tx < 352:
                                     for g in T.serial(R):
                                         hc = count[0] * R + g
                                         s = hc % 2
+                                        h = hk * R + g
+                                        for x in T.unroll(2):
+                                            betas[x] = 1.0
+                                            if tx % 32 + x * 32 < at[3]:
+                                                betas[x] = T.cast(
+                                                    beta[row + tx % 32 + x * 32, h], f32
+                                                )
                                         T.mbarrier_wait_parity(fullV[s], (hc // 2) % 2)
                                         T.call_extern(
                                             "handle",
-                                            "gdn::gate_gradient",
-                                            T.access_ptr(sums[s * 2, 0], "r"),
-                                            T.access_ptr(traces[s, 0], "r"),
-                                            T.access_ptr(dg[row, hk * R + g], "w"),
+                                            "gdn::beta_gradient",
+                                            betas[0],
+                                            betas[1],
+                                            T.access_ptr(diagonal[s, 0], "r"),
+                                            T.access_ptr(dbeta[row, h], "w"),
+                                            T.access_ptr(pairs[0], "rw"),
+                                            slot * Hv + h,
                                             Hv,
                                             at[3],
+                                            smallest,
                                         )
                                         T.mbarrier_arrive(emptyV[s])
-                                else:
-                                    if tx < 352:
-                                        for g in T.serial(R):
-                                            hc = count[0] * R + g
-                                            s = hc % 2
-                                            h = hk * R + g
-                                            for x in T.unroll(2):
-                                                betas[x] = 1.0
-                                                if tx % 32 + x * 32 < at[3]:
-                                                    betas[x] = T.cast(
-                                                        beta[row + tx % 32 + x * 32, h], f32
-                                                    )
-                                            T.mbarrier_wait_parity(fullV[s], (hc // 2) % 2)
-                                            T.call_extern(
-                                                "handle",
-                                                "gdn::beta_gradient",
-                                                betas[0],
-                                                betas[1],
-                                                T.access_ptr(diagonal[s, 0], "r"),
-                                                T.access_ptr(dbeta[row, h], "w"),
-                                                T.access_ptr(pairs[0], "rw"),
-                                                slot * Hv + h,
-                                                Hv,
-                                                at[3],
-                                                smallest,
-                                            )
-                                            T.mbarrier_arrive(emptyV[s])
-                            count[0] += 1
+                        count[0] += 1
+                if tx < 288:  # consumers look one head ahead, past the last one too
+                    T.mbarrier_wait_parity(
+                        emptyX[count[0] * R % 2], (count[0] * R // 2) % 2 ^ 1
+                    )
+                    T.mbarrier_arrive(fullX[count[0] * R % 2])
+                    T.mbarrier_wait_parity(emptyQ[0], count[0] % 2 ^ 1)
+                    if tx % 32 == 0:
+                        item[2] = 0
+                    T.mbarrier_arrive(fullQ[0])
 
     return main

@@ -1,6 +1,6 @@
 """CUDA for the parts of backward_gradients.py that work below tiles.
 
-pair_sums       row and column sums of a [64, 64] accumulator in fp32: rows in the quads that
+sum_pairs       row and column sums of a [64, 64] accumulator in fp32: rows in the quads that
                 share one, columns by halving over the eight lanes that share them
 gate_gradient   dG of a chunk from the partial sums of both warpgroups, and its reverse
                 cumulative sum dg, by one warp
@@ -11,18 +11,11 @@ SOURCE = r"""
 #ifndef GDN_GATE_GRADIENT
 #define GDN_GATE_GRADIENT
 namespace gdn {
-// e: accumulators of a warpgroup. rows[64] and columns[4 warps][64] get its sums.
-__device__ __forceinline__ void pair_sums(const float* e, float* rows, float* columns) {
+// A thread's sums over rows l / 4 and l / 4 + 8 of its warp's 16, and over both of columns 8 j + 2 (l % 4) + f
+// (x[2 j + f]), of a [64, 64] matrix: rows[64] and columns[4 warps][64] get the sums over its quad and warp.
+__device__ __forceinline__ void sum_pairs(const float* x, float r0, float r1, float* rows,
+                                          float* columns) {
   const int lane = threadIdx.x & 31, w = (threadIdx.x >> 5) & 3;
-  float x[16], r0 = 0, r1 = 0;
-#pragma unroll
-  for (int j = 0; j < 8; ++j)
-#pragma unroll
-    for (int f = 0; f < 2; ++f) {
-      r0 += e[j * 4 + f];
-      r1 += e[j * 4 + 2 + f];
-      x[j * 2 + f] = e[j * 4 + f] + e[j * 4 + 2 + f];
-    }
   r0 += __shfl_xor_sync(~0u, r0, 1);
   r1 += __shfl_xor_sync(~0u, r1, 1);
   r0 += __shfl_xor_sync(~0u, r0, 2);
@@ -52,12 +45,12 @@ __device__ __forceinline__ void meet(int barrier) {
 __device__ __forceinline__ void meet_half(int barrier) {
   asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }
-// One warp. sums: for both warpgroups rows[64], columns[4][64], dots[64], ends[64]; traces: 8 partial
-// sums of gamma_C <dS, S>. Writes the reverse cumulative sum of dG for the first `valid` tokens.
+// One warp. sums: for both warpgroups rows[64], columns[4][64], dots[64], ends[64]; traces: <dS, S> of
+// the eight warps' parts, and gamma_C. Writes the reverse cumulative sum of dG for the first `valid` tokens.
 __device__ __forceinline__ void gate_gradient(const float* sums, const float* traces, float* dg,
                                               long stride, int valid) {
   const int lane = threadIdx.x & 31;
-  float x[2], tail = lane < 8 ? traces[lane] : 0.f;
+  float x[2], tail = lane < 8 ? traces[lane] * traces[8] : 0.f;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int t = lane * 2 + i;

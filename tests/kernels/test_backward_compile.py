@@ -4,12 +4,12 @@ import re
 
 import pytest
 
-from .test_compile import SERIALISED, nvcc  # noqa: F401  (the fixture applies here as well)
+from .test_compile import nvcc  # noqa: F401  (the fixture applies here as well)
 
 pytestmark = pytest.mark.timeout(300)
 
-# Options, products written in the kernel, bytes of spills, warpgroups. What spills are counters of the
-# gradients' loop over items, read once an item, and an address or two: never accumulators.
+# Options, products written in the kernel, bytes of spills (an address or two: never accumulators),
+# warpgroups.
 CASES = {
     "replay": ({"halves": 2, "normalize": True}, 3, 0, 3),
     "reverse": ({"halves": 2, "normalize": True}, 6, 0, 4),
@@ -17,10 +17,13 @@ CASES = {
     "reverse summary": ({"halves": 2, "normalize": True, "store": False}, 6, 8, 4),
     "reverse_scan": ({"entering": False}, 3, 0, 1),
     "reverse_scan entering": ({"entering": True}, 3, 0, 1),
-    "gradients": ({"ratio": 4}, 20, 24, 3),
-    "gradients normalising": ({"ratio": 4, "normalize": True}, 20, 56, 3),
+    "gradients": ({"ratio": 4}, 9, 0, 3),
+    "gradients normalising": ({"ratio": 4, "normalize": True}, 9, 0, 3),
     "beta_gradient": ({"smallest": 2.0**-40, "normalize": True}, 7, 0, 1),
 }
+# In gradients, C7520 is what a wait inside a branch between products costs.
+SERIALISED = re.compile(r"C75[12][0-9]\)")
+PRODUCTS = re.compile(r"tl::warpgroup_commit_batch\(\);| gdn::product<")
 SPILLS = re.compile(r"(\d+) bytes spill stores")
 REGISTERS = re.compile(r"warpgroup_reg_(?:de)?alloc<(\d+)>")
 
@@ -33,7 +36,8 @@ def test_compiles_without_spills_or_serialised_products(name):
     ptx, report = variants.assemble(source)
     assert max(map(int, SPILLS.findall(report))) <= spills, report
     assert not SERIALISED.search(report), report
-    assert source.count("tl::warpgroup_commit_batch();") == products
-    assert "mma.sync" not in ptx.replace("wgmma.mma_async.sync", "")
+    assert len(PRODUCTS.findall(source)) == products
+    if not name.startswith("gradients"):  # whose trace is on mma.sync
+        assert "mma.sync" not in ptx.replace("wgmma.mma_async.sync", "")
     # Warpgroups start with 168 or 128 registers a thread; more in all would be waited for forever.
     assert sum(map(int, REGISTERS.findall(source))) <= (512 if warpgroups == 4 else 504)
