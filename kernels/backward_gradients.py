@@ -16,10 +16,11 @@ triangular system, written with its two solutions. E is pairwise, its diagonal c
 out, and its sums are fp32: under strong decay nothing else keeps dg exact.
 
 An item is a (chunk, key head); a CTA walks items and, within one, the value heads of the key head,
-whose dq and dk add up in accumulators. Two warpgroups hold 64 key columns each of dq and dk. Of a
-head's [64, 64] matrices the first makes dP and the second -N, from the same instructions, and they
+whose dq and dk add up in accumulators. Two warpgroups hold 64 key columns each of dq and dk and run
+one copy of the code. Of a head's [64, 64] matrices the first makes dP and the second N + N^T, and they
 meet in shared memory. All operands lie in shared memory, S and dS one buffer a warpgroup. A third
-warpgroup loads, and sums up dg.
+warpgroup loads, sums up dg and divides for dbeta. Of items the loading warp alone looks for the place,
+and after the last one it announces an empty head and an empty item, for the consumers that look ahead.
 
 Normalised queries and keys are never written: the accumulators hold |q|^-1 dq^ and |k|^-1 dk^ of the
 unit vectors, for which factors 1/|q_i| and 1/|k_j| on dP, N and the row factors suffice, and
@@ -29,8 +30,9 @@ dx = acc - (x / |x|^2) <x, acc> at the end of an item.
 import tilelang
 import tilelang.language as T
 
+from .backward_accumulators import SOURCE as ACCUMULATORS
 from .backward_products import SOURCE as PRODUCTS
-from .backward_sums import SOURCE
+from .backward_sums import SOURCE as SUMS
 from .common import CHUNK, FLAGS, TARGET, find_document
 
 SMALLEST_BETA = {
@@ -47,8 +49,14 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
     N1, NR, NP = T.dynamic("N1"), T.dynamic("NR"), T.dynamic("NP")
     smallest = SMALLEST_BETA[dtype]
     half, norm = str(dtype == "float16").lower(), str(normalize).lower()
-    PAIR = f"gdn::product<{half}, 0, 0, 8, 1, true>"  # rows times rows, 128 columns
-    INTER = f"gdn::product<{half}, 0, 1, 8, 1, true>"  # [C, V] times a state's [V, 64]
+    PAIR = f"product<{half}, 0, 0, 8, 1, true>"  # rows times rows, 128 columns
+    INTER = f"product<{half}, 0, 1, 8, 1, true>"  # [C, V] times a state's [V, 64]
+
+    def call(name, *arguments):
+        return T.call_extern("handle", f"gdn::{name}", *arguments)
+
+    def tile(buffer, i):
+        return T.access_ptr(buffer[i, 0, 0], "rw")
 
     @T.macro
     def find_item(item, cu, heads, documents, bits, doc, at):
@@ -76,55 +84,41 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         at[3] = 1
         # the first head's pair matrix: every head makes the next one's
         T.mbarrier_wait_parity(fullX[0], 0)
-        T.call_extern(
-            "handle",
-            PAIR,
-            M.data,
-            T.access_ptr(xs[2 * w, 0, 0], "r"),
-            T.access_ptr(xs[2 - w, 0, 0], "r"),
-        )
-        T.call_extern("handle", "gdn::commit_products")
-        T.call_extern("handle", "gdn::wait_products<0>")
-        T.call_extern("handle", "gdn::settle", M.data)
-        for it in T.serial(T.ceildiv(NC * Hk - bx, processors)):
+        call(PAIR, M.data, tile(xs, 2 * w), tile(xs, 2 - w))
+        call("commit_products")
+        call("wait_products<0>")
+        call("settle", M.data)
+        for _ in T.serial(T.ceildiv(NC * Hk - bx, processors)):
             if at[3] > 0:
                 T.mbarrier_wait_parity(fullQ[0], count[0] % 2)
                 for x in T.unroll(3):
                     at[1 + x] = item[x]
             valid = at[3]
             if valid > 0:
-                T.call_extern("handle", "gdn::clear", Aq.data)
-                T.call_extern("handle", "gdn::clear", Ak.data)
-                T.call_extern(
-                    "handle",
-                    PAIR,
-                    QK.data,
-                    T.access_ptr(qk[2 * w, 0, 0], "r"),
-                    T.access_ptr(qk[2, 0, 0], "r"),
-                )
-                T.call_extern("handle", "gdn::commit_products")
+                call("clear", Aq.data)
+                call("clear", Ak.data)
+                call(PAIR, QK.data, tile(qk, 2 * w), tile(qk, 2))
+                call("commit_products")
                 if normalize:
-                    T.call_extern(
-                        "handle",
-                        f"gdn::take_logs<{half}>",
-                        T.access_ptr(qk[0, 0, 0], "r"),
+                    call(
+                        f"take_logs<{half}>",
+                        tile(qk, 0),
                         T.access_ptr(rk[0], "r"),
                         T.access_ptr(logs[0], "w"),
                         w,
                         scale,
                     )
-                    T.call_extern("handle", "gdn::meet", 1)
-                T.call_extern("handle", "gdn::wait_products<0>")
-                T.call_extern("handle", "gdn::settle", QK.data)
-                T.call_extern("handle", "gdn::drop_diagonal", QK.data)
+                    call("meet", 1)
+                call("wait_products<0>")
+                call("settle", QK.data)
+                call("drop_diagonal", QK.data)
                 for g in T.serial(R):
                     group[2] = T.call_extern(i32, "gdn::uniform", count[0] * R + g)
                     hc = group[2]
                     s = hc % 2
                     T.mbarrier_wait_parity(emptyV[s], (hc // 2) % 2 ^ 1)
-                    T.call_extern(
-                        "handle",
-                        f"gdn::pair_matrix<{half}, {norm}>",
+                    call(
+                        f"pair_matrix<{half}, {norm}>",
                         M.data,
                         QK.data,
                         T.access_ptr(gs[s, 0], "r"),
@@ -138,165 +132,102 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                         scale,
                     )
                     T.mbarrier_wait_parity(fullS[w], hc % 2)
-                    T.call_extern(
-                        "handle",
-                        INTER,
-                        Iq.data,
-                        T.access_ptr(xs[s * 3, 0, 0], "r"),
-                        T.access_ptr(Ss[w, 0, 0], "r"),
-                    )
-                    T.call_extern("handle", "gdn::commit_products")
-                    T.call_extern(
-                        "handle",
-                        "gdn::store_pairs",
+                    call(INTER, Iq.data, tile(xs, s * 3), tile(Ss, w))
+                    call("commit_products")
+                    call(
+                        "store_pairs",
                         packed.data,
                         pair_sums.data,
-                        T.access_ptr(ms[0, 0, 0], "w"),
+                        tile(ms, 0),
                         T.access_ptr(sums[s * 2 + w, 0], "w"),
                         T.access_ptr(sums[s * 2 + w, 64], "w"),
                         w,
                         group[1],
                     )
                     T.mbarrier_wait_parity(fullD[w], hc % 2)
-                    T.call_extern(
-                        "handle",
-                        f"gdn::trace<{half}>",
-                        T.access_ptr(Ss[w, 0, 0], "r"),
-                        T.access_ptr(Ds[w, 0, 0], "r"),
+                    call(
+                        f"trace<{half}>",
+                        tile(Ss, w),
+                        tile(Ds, w),
                         T.access_ptr(traces[s, w * 4], "w"),
                         group[1],
                     )
-                    T.call_extern(
-                        "handle",
-                        INTER,
-                        Iv.data,
-                        T.access_ptr(xs[s * 3 + 1, 0, 0], "r"),
-                        T.access_ptr(Ss[w, 0, 0], "r"),
-                    )
-                    T.call_extern(
-                        "handle",
-                        INTER,
-                        Id.data,
-                        T.access_ptr(xs[s * 3 + 2, 0, 0], "r"),
-                        T.access_ptr(Ds[w, 0, 0], "r"),
-                    )
-                    T.call_extern("handle", "gdn::commit_products")
-                    T.call_extern(
-                        "handle",
-                        f"gdn::row_factors<{norm}>",
+                    call(INTER, Iv.data, tile(xs, s * 3 + 1), tile(Ss, w))
+                    call(INTER, Id.data, tile(xs, s * 3 + 2), tile(Ds, w))
+                    call("commit_products")
+                    call(
+                        f"row_factors<{norm}>",
                         rows.data,
                         T.access_ptr(gs[s, 0], "r"),
                         T.access_ptr(logs[0], "r"),
                         T.access_ptr(traces[s, 8], "w"),
                         scale,
                     )
-                    T.call_extern("handle", "gdn::meet", 2)  # dP and N + N^T are there
-                    T.call_extern(
-                        "handle",
-                        f"gdn::product<{half}, 1, 1, 4, 1, false>",
+                    call("meet", 2)  # dP and N + N^T are there
+                    call(f"product<{half}, 1, 1, 4, 1, false>", Ak.data, tile(ms, 0), tile(qk, w))
+                    call(
+                        f"product<{half}, 0, 1, 4, -1, false>",
                         Ak.data,
-                        T.access_ptr(ms[0, 0, 0], "r"),
-                        T.access_ptr(qk[w, 0, 0], "r"),
+                        tile(ms, 1),
+                        tile(qk, 2 + w),
                     )
-                    T.call_extern(
-                        "handle",
-                        f"gdn::product<{half}, 0, 1, 4, -1, false>",
-                        Ak.data,
-                        T.access_ptr(ms[1, 0, 0], "r"),
-                        T.access_ptr(qk[2 + w, 0, 0], "r"),
-                    )
-                    T.call_extern("handle", "gdn::commit_products")
-                    T.call_extern("handle", "gdn::wait_products<2>")
-                    T.call_extern("handle", "gdn::settle", Iq.data)
-                    T.call_extern(
-                        "handle",
-                        f"gdn::add_query<{half}>",
-                        Aq.data,
-                        Iq.data,
-                        T.access_ptr(qk[w, 0, 0], "r"),
-                        rows.data,
-                    )
-                    T.call_extern("handle", "gdn::wait_products<1>")
-                    T.call_extern("handle", "gdn::settle", Iv.data)
-                    T.call_extern("handle", "gdn::settle", Id.data)
+                    call("commit_products")
+                    call("wait_products<2>")
+                    call("settle", Iq.data)
+                    call(f"add_query<{half}>", Aq.data, Iq.data, tile(qk, w), rows.data)
+                    call("wait_products<1>")
+                    call("settle", Iv.data)
+                    call("settle", Id.data)
                     if tx % 32 == 0:
                         T.mbarrier_arrive(emptyS[w])
                         T.mbarrier_arrive(emptyD[w])
                         T.mbarrier_arrive(emptyX[s])
                     T.mbarrier_wait_parity(fullX[1 - s], ((hc + 1) // 2) % 2)
-                    T.call_extern(
-                        "handle",
-                        f"gdn::product<{half}, 0, 1, 4, 1, false>",
-                        Aq.data,
-                        T.access_ptr(ms[0, 0, 0], "r"),
-                        T.access_ptr(qk[2 + w, 0, 0], "r"),
+                    call(
+                        f"product<{half}, 0, 1, 4, 1, false>", Aq.data, tile(ms, 0), tile(qk, 2 + w)
                     )
-                    T.call_extern(
-                        "handle",
-                        PAIR,
-                        M.data,
-                        T.access_ptr(xs[(1 - s) * 3 + 2 * w, 0, 0], "r"),
-                        T.access_ptr(xs[(1 - s) * 3 + 2 - w, 0, 0], "r"),
-                    )
-                    T.call_extern("handle", "gdn::commit_products")
-                    T.call_extern("handle", "gdn::wait_products<1>")
-                    T.call_extern("handle", "gdn::settle", Ak.data)
-                    T.call_extern(
-                        "handle",
-                        f"gdn::add_key<{half}>",
-                        Ak.data,
-                        Iv.data,
-                        Id.data,
-                        T.access_ptr(qk[2 + w, 0, 0], "r"),
-                        rows.data,
-                    )
-                    T.call_extern(
-                        "handle",
-                        "gdn::store_dots",
-                        rows.data,
-                        T.access_ptr(sums[s * 2 + w, 320], "w"),
-                    )
+                    call(PAIR, M.data, tile(xs, (1 - s) * 3 + 2 * w), tile(xs, (1 - s) * 3 + 2 - w))
+                    call("commit_products")
+                    call("wait_products<1>")
+                    call("settle", Ak.data)
+                    call(f"add_key<{half}>", Ak.data, Iv.data, Id.data, tile(qk, 2 + w), rows.data)
+                    call("store_dots", rows.data, T.access_ptr(sums[s * 2 + w, 320], "w"))
                     T.call_extern("handle", "__syncwarp")
                     if tx % 32 == 0:
                         T.mbarrier_arrive(fullV[s])
-                    T.call_extern("handle", "gdn::wait_products<0>")
-                    T.call_extern("handle", "gdn::settle", Aq.data)
-                    T.call_extern("handle", "gdn::settle", M.data)
+                    call("wait_products<0>")
+                    call("settle", Aq.data)
+                    call("settle", M.data)
                 if normalize:
-                    T.call_extern(
-                        "handle",
-                        f"gdn::project_rows<{half}>",
+                    call(
+                        f"project_rows<{half}>",
                         Aq.data,
                         Ak.data,
-                        T.access_ptr(qk[w, 0, 0], "r"),
-                        T.access_ptr(qk[2 + w, 0, 0], "r"),
+                        tile(qk, w),
+                        tile(qk, 2 + w),
                         T.access_ptr(project[w, 0], "w"),
                     )
-                if normalize:
-                    T.call_extern("handle", "gdn::meet", 1)
-                    T.call_extern(
-                        "handle",
-                        f"gdn::subtract_rows<{half}>",
+                    call("meet", 1)
+                    call(
+                        f"subtract_rows<{half}>",
                         Aq.data,
                         Ak.data,
-                        T.access_ptr(qk[w, 0, 0], "r"),
-                        T.access_ptr(qk[2 + w, 0, 0], "r"),
+                        tile(qk, w),
+                        tile(qk, 2 + w),
                         T.access_ptr(project[0, 0], "r"),
                         T.access_ptr(logs[0], "r"),
                         scale,
                     )
                 T.mbarrier_arrive(emptyQ[0])
-                T.call_extern(
-                    "handle",
-                    f"gdn::store_rows<{half}>",
+                call(
+                    f"store_rows<{half}>",
                     Aq.data,
                     T.access_ptr(dq[at[2], at[1], w * HALF], "w"),
                     Hk * K * 2,
                     valid,
                 )
-                T.call_extern(
-                    "handle",
-                    f"gdn::store_rows<{half}>",
+                call(
+                    f"store_rows<{half}>",
                     Ak.data,
                     T.access_ptr(dk[at[2], at[1], w * HALF], "w"),
                     Hk * K * 2,
@@ -326,7 +257,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         bits: T.int32,
     ):
         with T.Kernel(processors, threads=384) as bx:
-            T.import_source(SOURCE + PRODUCTS)
+            T.import_source(SUMS + PRODUCTS + ACCUMULATORS)
             qk = T.alloc_shared((4, C, HALF), dtype)  # halves of q, halves of k
             xs = T.alloc_shared((6, C, V), dtype)  # [stage * 3 + (dO, dV, Vd)]
             Ss = T.alloc_shared((2, V, HALF), dtype)
@@ -339,7 +270,9 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             sums = T.alloc_shared((4, 7 * C), f32)  # rows, columns of 4 warps, dots, ends
             traces = T.alloc_shared((2, 16), f32)
             diagonal = T.alloc_shared((2, C), f32)
-            item = T.alloc_shared((4,), i32)  # key head, first token, tokens of the document from there
+            item = T.alloc_shared(
+                (4,), i32
+            )  # key head, first token, tokens of the document from there
 
             betas = T.alloc_local((2,), f32)
             doc = T.alloc_local((1,), i32)
@@ -382,17 +315,15 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                 h = hk * R + g
                                 # states have one buffer: the L2 fetches them while the last ones are in use
                                 for states in (entering, dleaving):
-                                    T.call_extern(
-                                        "handle",
-                                        "gdn::prefetch",
+                                    call(
+                                        "prefetch",
                                         T.access_ptr(states[slot, h, 0, 0], "r"),
                                         V * K * 2,
                                     )
                                 if g == 0:
                                     for x in (q, k):
-                                        T.call_extern(
-                                            "handle",
-                                            "gdn::prefetch_rows",
+                                        call(
+                                            "prefetch_rows",
                                             T.access_ptr(x[row, hk, 0], "r"),
                                             Hk * K * 2,
                                             at[3],
@@ -406,9 +337,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                     xs[s * 3 + 1, :, :],
                                     barrier=fullX[s],
                                 )
-                                T.tma_copy(
-                                    vd[slot, h, :, :], xs[s * 3 + 2, :, :], barrier=fullX[s]
-                                )
+                                T.tma_copy(vd[slot, h, :, :], xs[s * 3 + 2, :, :], barrier=fullX[s])
                                 T.tma_copy(gate[slot, h, :], gs[s, :], barrier=fullX[s])
                                 T.mbarrier_arrive(fullX[s])
                                 for w in range(2):
@@ -452,9 +381,8 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                     hc = count[0] * R + g
                                     s = hc % 2
                                     T.mbarrier_wait_parity(fullV[s], (hc // 2) % 2)
-                                    T.call_extern(
-                                        "handle",
-                                        "gdn::gate_gradient",
+                                    call(
+                                        "gate_gradient",
                                         T.access_ptr(sums[s * 2, 0], "r"),
                                         T.access_ptr(traces[s, 0], "r"),
                                         T.access_ptr(dg[row, hk * R + g], "w"),
@@ -475,9 +403,8 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                                     beta[row + tx % 32 + x * 32, h], f32
                                                 )
                                         T.mbarrier_wait_parity(fullV[s], (hc // 2) % 2)
-                                        T.call_extern(
-                                            "handle",
-                                            "gdn::beta_gradient",
+                                        call(
+                                            "beta_gradient",
                                             betas[0],
                                             betas[1],
                                             T.access_ptr(diagonal[s, 0], "r"),
@@ -491,9 +418,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                         T.mbarrier_arrive(emptyV[s])
                         count[0] += 1
                 if tx < 288:  # consumers look one head ahead, past the last one too
-                    T.mbarrier_wait_parity(
-                        emptyX[count[0] * R % 2], (count[0] * R // 2) % 2 ^ 1
-                    )
+                    T.mbarrier_wait_parity(emptyX[count[0] * R % 2], (count[0] * R // 2) % 2 ^ 1)
                     T.mbarrier_arrive(fullX[count[0] * R % 2])
                     T.mbarrier_wait_parity(emptyQ[0], count[0] % 2 ^ 1)
                     if tx % 32 == 0:

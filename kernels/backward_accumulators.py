@@ -1,0 +1,324 @@
+"""CUDA of backward_gradients.py: what its consumers do with accumulators (layouts: backward_products.py).
+
+pair_matrix, store_pairs   dP or N^T from dO Vd^T or Vd dV^T, as bf16 tiles; fp32 sums of E
+row_factors                gates of a thread's two rows
+add_query, add_key         gated products onto dq and dk, and their rows' dots with q and k
+store_dots                 the dots of a row, over its quad
+trace                      <S, dS> of 64 columns by products of 16 rows, whose diagonals are picked
+take_logs                  norms of q and k, for exponents
+project_rows, subtract_rows  the gradient of a normalisation
+store_rows                 dq and dk
+"""
+
+SOURCE = r"""
+#ifndef GDN_GRADIENT_ACCUMULATORS
+#define GDN_GRADIENT_ACCUMULATORS
+namespace gdn {
+// Elements i, i of a [64, 64] accumulator become zero.
+__device__ __forceinline__ void drop_diagonal(float* m) {
+  const int lane = threadIdx.x & 31, warp = (int)(threadIdx.x >> 5 & 3);
+  const bool here = lane >> 3 == (lane & 3), odd = lane >> 2 & 1;
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+    if (t == warp) {
+      if (here && !odd) m[8 * t] = m[8 * t + 6] = 0;
+      if (here && odd) m[8 * t + 1] = m[8 * t + 7] = 0;
+    }
+}
+// w = 0: m = dO Vd^T -> dP. w = 1: m = Vd dV^T -> N^T, written as N + N^T. qk: Q K^T without its diagonal
+// or K K^T. logs: log2 of |scale| / |q| and 1 / |k| by token. Rows past `valid` of dO and dV are not
+// of this document.
+template <bool HALF, bool NORM>
+__device__ __forceinline__ void pair_matrix(const float* m, const float* qk, const float* g,
+                                            const float* logs, float* diagonal, unsigned* p,
+                                            float* x, int w, int warp, int valid, float scale) {
+  const int lane = threadIdx.x & 31, first = lane >> 2;
+  const int r = warp * 16 + first, c = (lane & 3) * 2;
+  const float sign = w ? 1.f : -1.f;
+  float a0 = -sign * g[r], a1 = -sign * g[r + 8];
+  if (NORM) {
+    a0 += logs[w * 64 + r];
+    a1 += logs[w * 64 + r + 8];
+  } else {
+    const float s = w ? 0.f : __log2f(fabsf(scale));
+    a0 += s;
+    a1 += s;
+  }
+  const bool rare = valid < 64 || scale < 0;
+  const float factor = !w && scale < 0 ? -1.f : 1.f;
+  // blocks of 16 columns that are not zero, and what stays of the one on the diagonal
+  const unsigned blocks = w ? 15u << warp & 15u : (2u << warp) - 1;
+  const unsigned even = (w ? c > first : c <= first) ? ~0u : 0;
+  const unsigned odd = (w ? c + 1 > first : c + 1 <= first) ? ~0u : 0;
+  const unsigned above = w ? ~0u : 0, kept[8] = {even, odd, ~above, ~above, above, above, even, odd};
+  float r0 = 0, r1 = 0;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    float v[8];
+    if (blocks >> t & 1) {
+      const float2 l = *(const float2*)(g + t * 16 + c), h = *(const float2*)(g + t * 16 + c + 8);
+      float b[4] = {l.x, l.y, h.x, h.y};
+      if (NORM) {
+        const float* k = logs + 64 + t * 16 + c;
+        const float2 u = *(const float2*)k, o = *(const float2*)(k + 8);
+        b[0] = fmaf(sign, b[0], u.x);
+        b[1] = fmaf(sign, b[1], u.y);
+        b[2] = fmaf(sign, b[2], o.x);
+        b[3] = fmaf(sign, b[3], o.y);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float a = i & 2 ? a1 : a0, y = b[i / 4 * 2 + i % 2];
+        v[i] = m[8 * t + i] * power(NORM ? a + y : fmaf(sign, y, a));
+      }
+      if (t == warp) {
+        if (w && lane >> 3 == (lane & 3)) {
+          diagonal[r] = first & 1 ? m[8 * t + 1] : m[8 * t];
+          diagonal[r + 8] = first & 1 ? m[8 * t + 7] : m[8 * t + 6];
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = __uint_as_float(__float_as_uint(v[i]) & kept[i]);
+      }
+      if (rare) {
+        const int left = valid - (w ? t * 16 + c : r);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          v[i] = (w ? i / 4 * 8 + i % 2 : (i & 2) * 4) < left ? v[i] * factor : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) p[4 * t + i] = pack<HALF>(v[2 * i], v[2 * i + 1]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] *= qk[8 * t + i];
+      r0 += (v[0] + v[1]) + (v[4] + v[5]);
+      r1 += (v[2] + v[3]) + (v[6] + v[7]);
+      x[4 * t] = v[0] + v[2];
+      x[4 * t + 1] = v[1] + v[3];
+      x[4 * t + 2] = v[4] + v[6];
+      x[4 * t + 3] = v[5] + v[7];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        p[4 * t + i] = 0;
+        x[4 * t + i] = 0;
+      }
+    }
+  }
+  x[16] = r0;
+  x[17] = r1;
+}
+// The bf16 tile and the sums of E's rows and columns, to shared memory.
+__device__ __forceinline__ void store_pairs(unsigned* p, const float* x, void* tile, float* rows,
+                                            float* columns, int w, int warp) {
+  const int lane = threadIdx.x & 31;
+  meet(1);  // the last head's products are through
+  const unsigned panel = address(tile) + w * 8192;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    if (w && t == warp) {
+      p[4 * t] |= turn(p[4 * t]);
+      p[4 * t + 1] = turn(p[4 * t + 2]);
+      p[4 * t + 3] |= turn(p[4 * t + 3]);
+    }
+    if (!w || t >= warp) store_matrices(matrices_at(panel, warp, t), p + 4 * t);
+    if (w && t > warp) {
+      const int row = 16 * t + (lane >> 4) * 8 + (lane & 7);
+      const int chunk = (2 * warp + (lane >> 3 & 1)) ^ (lane & 7);
+      store_transposed_matrices(panel + row * 128 + chunk * 16, p + 4 * t);
+    }
+  }
+  fence_shared();
+  sum_pairs(x, x[16], x[17], rows, columns);
+}
+// f: what dO S^T, dV S^T and Vd dS^T are multiplied by in a thread's two rows; then room for their dots.
+template <bool NORM>
+__device__ __forceinline__ void row_factors(float* f, const float* g, const float* logs, float* last,
+                                            float scale) {
+  const int r = (int)(threadIdx.x >> 5 & 3) * 16 + (threadIdx.x >> 2 & 7);
+  const float end = g[63];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float x = g[r + i * 8];
+    if (NORM) {
+      const float q = logs[r + i * 8], k = logs[64 + r + i * 8];
+      f[i] = copysignf(power(x + q), scale);
+      f[2 + i] = -power(x + k);
+      f[4 + i] = power(end - x + k);
+    } else {
+      f[2 + i] = -power(x);
+      f[i] = -f[2 + i] * scale;
+      f[4 + i] = power(end - x);
+    }
+  }
+  if (threadIdx.x == 0) *last = power(end);
+#pragma unroll
+  for (int i = 6; i < 12; ++i) f[i] = 0;
+}
+// a += f x by rows, and the dots <x, q> of a row.
+template <bool HALF>
+__device__ __forceinline__ void add_query(float* a, const float* x, const void* q, float* f) {
+  const unsigned panel = address(q);
+  const int warp = threadIdx.x >> 5 & 3;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    unsigned words[4];
+    load_matrices(matrices_at(panel, warp, t), words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 y = unpack<HALF>(words[i]);
+      const int j = 8 * t + 2 * i, row = i & 1;
+      a[j] = fmaf(f[row], x[j], a[j]);
+      a[j + 1] = fmaf(f[row], x[j + 1], a[j + 1]);
+      f[6 + row] = fmaf(x[j], y.x, f[6 + row]);
+      f[6 + row] = fmaf(x[j + 1], y.y, f[6 + row]);
+    }
+  }
+}
+// The same of two products, with k.
+template <bool HALF>
+__device__ __forceinline__ void add_key(float* a, const float* in, const float* out, const void* k,
+                                        float* f) {
+  const unsigned panel = address(k);
+  const int warp = threadIdx.x >> 5 & 3;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    unsigned words[4];
+    load_matrices(matrices_at(panel, warp, t), words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 y = unpack<HALF>(words[i]);
+      const int j = 8 * t + 2 * i, row = i & 1;
+      a[j] = fmaf(f[4 + row], out[j], fmaf(f[2 + row], in[j], a[j]));
+      a[j + 1] = fmaf(f[4 + row], out[j + 1], fmaf(f[2 + row], in[j + 1], a[j + 1]));
+      f[8 + row] = fmaf(in[j], y.x, f[8 + row]);
+      f[8 + row] = fmaf(in[j + 1], y.y, f[8 + row]);
+      f[10 + row] = fmaf(out[j], y.x, f[10 + row]);
+      f[10 + row] = fmaf(out[j + 1], y.y, f[10 + row]);
+    }
+  }
+}
+// Of the four values of a quad's threads, lane l % 4 gets the sum of one: x0, x1, y0, y1.
+__device__ __forceinline__ float quad_sums(float x0, float x1, float y0, float y1) {
+  const bool a = threadIdx.x & 2, b = threadIdx.x & 1;
+  const float u = (a ? y0 : x0) + __shfl_xor_sync(~0u, a ? x0 : y0, 2);
+  const float v = (a ? y1 : x1) + __shfl_xor_sync(~0u, a ? x1 : y1, 2);
+  return (b ? v : u) + __shfl_xor_sync(~0u, b ? u : v, 1);
+}
+// dots[64] and, behind, ends[64].
+__device__ __forceinline__ void store_dots(const float* f, float* dots) {
+  const float e0 = f[4] * f[10], e1 = f[5] * f[11];
+  const float d0 = f[0] * f[6] + f[2] * f[8] - e0, d1 = f[1] * f[7] + f[3] * f[9] - e1;
+  const float sum = quad_sums(d0, d1, e0, e1);
+  const int r = (threadIdx.x >> 5 & 3) * 16 + (threadIdx.x >> 2 & 7);
+  dots[(threadIdx.x & 2) * 32 + (threadIdx.x & 1) * 8 + r] = sum;
+}
+// project[64], project[128..]: <dq, q> and <dk, k> over this warpgroup's columns.
+template <bool HALF>
+__device__ __forceinline__ void project_rows(const float* q, const float* k, const void* queries,
+                                             const void* keys, float* project) {
+  const int warp = (int)(threadIdx.x >> 5 & 3);
+  float d[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    unsigned x[4], y[4];
+    load_matrices(matrices_at(address(queries), warp, t), x);
+    load_matrices(matrices_at(address(keys), warp, t), y);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 u = unpack<HALF>(x[i]), v = unpack<HALF>(y[i]);
+      const int j = 8 * t + 2 * i;
+      d[i & 1] += q[j] * u.x + q[j + 1] * u.y;
+      d[2 + (i & 1)] += k[j] * v.x + k[j + 1] * v.y;
+    }
+  }
+  const float sum = quad_sums(d[0], d[1], d[2], d[3]);
+  const int r = (threadIdx.x >> 5 & 3) * 16 + (threadIdx.x >> 2 & 7);
+  project[(threadIdx.x & 2) * 32 + (threadIdx.x & 1) * 8 + r] = sum;
+}
+// dq -= q <q, dq> / |q|^2 and the same for k, from both warpgroups' dots.
+template <bool HALF>
+__device__ __forceinline__ void subtract_rows(float* q, float* k, const void* queries,
+                                              const void* keys, const float* project,
+                                              const float* logs, float scale) {
+  const int warp = (int)(threadIdx.x >> 5 & 3), r = warp * 16 + (threadIdx.x >> 2 & 7);
+  float f[4];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float* d = project + r + i * 8;
+    f[i] = (d[0] + d[128]) * power(2 * logs[r + i * 8]) / (scale * scale);
+    f[2 + i] = (d[64] + d[192]) * power(2 * logs[64 + r + i * 8]);
+  }
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    unsigned x[4], y[4];
+    load_matrices(matrices_at(address(queries), warp, t), x);
+    load_matrices(matrices_at(address(keys), warp, t), y);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 u = unpack<HALF>(x[i]), v = unpack<HALF>(y[i]);
+      const int j = 8 * t + 2 * i;
+      q[j] -= f[i & 1] * u.x;
+      q[j + 1] -= f[i & 1] * u.y;
+      k[j] -= f[2 + (i & 1)] * v.x;
+      k[j + 1] -= f[2 + (i & 1)] * v.y;
+    }
+  }
+}
+// logs[0..63]: log2 of |scale| / |q|, by two threads a row; logs[64..]: log2 of rk = 1 / |k|.
+template <bool HALF>
+__device__ __forceinline__ void take_logs(const void* queries, const float* rk, float* logs, int w,
+                                          float scale) {
+  const int t = threadIdx.x & 127;
+  if (w) {
+    if (t < 64) logs[64 + t] = __log2f(rk[t]);
+    return;
+  }
+  const uint4* row = (const uint4*)((const char*)queries + (t & 1) * 8192 + (t >> 1) * 128);
+  float sum = 0;
+#pragma unroll 2
+  for (int i = 0; i < 8; ++i) {
+    const uint4 x = row[i ^ (t >> 1 & 7)];
+    const float2 a = unpack<HALF>(x.x), b = unpack<HALF>(x.y), c = unpack<HALF>(x.z),
+                 d = unpack<HALF>(x.w);
+    sum += a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y + c.x * c.x + c.y * c.y + d.x * d.x +
+           d.y * d.y;
+  }
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  logs[t >> 1] = __log2f(fabsf(scale)) - 0.5f * __log2f(sum + 1e-6f);
+}
+// A warpgroup's accumulators to 64 columns of `valid` rows in memory.
+template <bool HALF>
+__device__ __forceinline__ void store_rows(const float* a, void* out, long stride, int valid) {
+  const int r = (threadIdx.x >> 5 & 3) * 16 + (threadIdx.x >> 2 & 7);
+  char* at = (char*)out + r * stride + (threadIdx.x & 3) * 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    if (r + i * 8 < valid)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        *(unsigned*)(at + i * 8 * stride + j * 16) =
+            pack<HALF>(a[4 * j + 2 * i], a[4 * j + 2 * i + 1]);
+}
+// <x, y> of two panels' rows 32 warp.., the diagonals of products of 16 rows; lane 0 writes it.
+template <bool HALF>
+__device__ __forceinline__ void trace(const void* x, const void* y, float* out, int warp) {
+  float c[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+#pragma unroll
+  for (int row = 0; row < 2; ++row)
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      unsigned a[4], b[4];
+      load_matrices(matrices_at(address(x), warp * 2 + row, t), a);
+      load_matrices(matrices_at(address(y), warp * 2 + row, t), b);
+      multiply_rows<HALF>(c, a, b[0], b[2]);
+      multiply_rows<HALF>(c + 4, a, b[1], b[3]);
+    }
+  const int lane = threadIdx.x & 31;
+  float sum = lane >> 2 & 1 ? c[1] + c[7] : c[0] + c[6];
+  if (lane >> 3 != (lane & 3)) sum = 0;
+#pragma unroll
+  for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
+  if (lane == 0) out[warp] = sum;
+}
+}  // namespace gdn
+#endif
+"""
