@@ -31,7 +31,7 @@ MANY, STEADY = 32, 512  # heads times sequences; chunks
 # as one, and heads that decay within a segment need but the last one.
 FEWEST, SUMMARY = 4, 128  # segments; chunks a segment at most
 # Of a packed batch: documents shorter than this are left whole, a summary's launch costs as much.
-WHOLE = 128  # chunks
+WHOLE = 64  # chunks
 
 
 @dataclass(frozen=True)
