@@ -1,13 +1,13 @@
 """CUDA of backward_gradients.py: what its consumers do with accumulators (layouts: backward_products.py).
 
-pair_matrix, store_pairs   dP or N^T from dO Vd^T or Vd dV^T, as bf16 tiles; fp32 sums of E
+pair_matrix                dP or N^T from dO Vd^T or Vd dV^T, as bf16 tiles; fp32 sums of E
 row_factors                gates of a thread's two rows
 add_query, add_key         gated products onto dq and dk, and their rows' dots with q and k
 store_dots                 the dots of a row, over its quad
-trace                      <S, dS> of 64 columns by products of 16 rows, whose diagonals are picked
+trace                      <S, dS> of 64 columns, by a warp of the third warpgroup
 take_logs                  norms of q and k, for exponents
 project_rows, subtract_rows  the gradient of a normalisation
-store_rows                 dq and dk
+stage_rows                 dq and dk, on their way out
 """
 
 SOURCE = r"""
@@ -29,9 +29,10 @@ __device__ __forceinline__ void drop_diagonal(float* m) {
 // or K K^T. logs: log2 of |scale| / |q| and 1 / |k| by token. Rows past `valid` of dO and dV are not
 // of this document.
 template <bool HALF, bool NORM>
-__device__ __forceinline__ void pair_matrix(const float* m, const float* qk, const float* g,
-                                            const float* logs, float* diagonal, unsigned* p,
-                                            float* x, int w, int warp, int valid, float scale) {
+__device__ __forceinline__ void pair_matrix(float* m, const float* qk, const float* g,
+                                            const float* logs, void* tile, float* rows,
+                                            float* columns, float* diagonal, int w, int warp,
+                                            int valid, float scale) {
   const int lane = threadIdx.x & 31, first = lane >> 2;
   const int r = warp * 16 + first, c = (lane & 3) * 2;
   const float sign = w ? 1.f : -1.f;
@@ -51,7 +52,8 @@ __device__ __forceinline__ void pair_matrix(const float* m, const float* qk, con
   const unsigned even = (w ? c > first : c <= first) ? ~0u : 0;
   const unsigned odd = (w ? c + 1 > first : c + 1 <= first) ? ~0u : 0;
   const unsigned above = w ? ~0u : 0, kept[8] = {even, odd, ~above, ~above, above, above, even, odd};
-  float r0 = 0, r1 = 0;
+  unsigned p[16];
+  float x[16], r0 = 0, r1 = 0;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     float v[8];
@@ -103,13 +105,6 @@ __device__ __forceinline__ void pair_matrix(const float* m, const float* qk, con
       }
     }
   }
-  x[16] = r0;
-  x[17] = r1;
-}
-// The bf16 tile and the sums of E's rows and columns, to shared memory.
-__device__ __forceinline__ void store_pairs(unsigned* p, const float* x, void* tile, float* rows,
-                                            float* columns, int w, int warp) {
-  const int lane = threadIdx.x & 31;
   meet(1);  // the last head's products are through
   const unsigned panel = address(tile) + w * 8192;
 #pragma unroll
@@ -127,7 +122,7 @@ __device__ __forceinline__ void store_pairs(unsigned* p, const float* x, void* t
     }
   }
   fence_shared();
-  sum_pairs(x, x[16], x[17], rows, columns);
+  sum_pairs(x, r0, r1, rows, columns);
 }
 // f: what dO S^T, dV S^T and Vd dS^T are multiplied by in a thread's two rows; then room for their dots.
 template <bool NORM>
@@ -285,39 +280,40 @@ __device__ __forceinline__ void take_logs(const void* queries, const float* rk, 
   sum += __shfl_xor_sync(~0u, sum, 1);
   logs[t >> 1] = __log2f(fabsf(scale)) - 0.5f * __log2f(sum + 1e-6f);
 }
-// A warpgroup's accumulators to 64 columns of `valid` rows in memory.
+// A warpgroup's accumulators into a panel.
 template <bool HALF>
-__device__ __forceinline__ void store_rows(const float* a, void* out, long stride, int valid) {
-  const int r = (threadIdx.x >> 5 & 3) * 16 + (threadIdx.x >> 2 & 7);
-  char* at = (char*)out + r * stride + (threadIdx.x & 3) * 4;
+__device__ __forceinline__ void stage_rows(const float* a, void* tile) {
+  const unsigned panel = address(tile);
+  const int warp = (int)(threadIdx.x >> 5 & 3);
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    if (r + i * 8 < valid)
+  for (int t = 0; t < 4; ++t) {
+    unsigned p[4];
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        *(unsigned*)(at + i * 8 * stride + j * 16) =
-            pack<HALF>(a[4 * j + 2 * i], a[4 * j + 2 * i + 1]);
+    for (int i = 0; i < 4; ++i) p[i] = pack<HALF>(a[8 * t + 2 * i], a[8 * t + 2 * i + 1]);
+    store_matrices(matrices_at(panel, warp, t), p);
+  }
+  fence_shared();
 }
-// <x, y> of two panels' rows 32 warp.., the diagonals of products of 16 rows; lane 0 writes it.
+// One warp: <x, y> of two panels of 128 rows, in every lane. What belongs together lies in the same places.
 template <bool HALF>
-__device__ __forceinline__ void trace(const void* x, const void* y, float* out, int warp) {
-  float c[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+__device__ __forceinline__ float trace(const void* x, const void* y) {
+  const uint4 *p = (const uint4*)x + (threadIdx.x & 31), *r = (const uint4*)y + (threadIdx.x & 31);
+  float c[4] = {0, 0, 0, 0};
+#pragma unroll 4
+  for (int i = 0; i < 32; ++i) {
+    const uint4 a = p[i * 32], b = r[i * 32];
+    const unsigned u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-  for (int row = 0; row < 2; ++row)
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      unsigned a[4], b[4];
-      load_matrices(matrices_at(address(x), warp * 2 + row, t), a);
-      load_matrices(matrices_at(address(y), warp * 2 + row, t), b);
-      multiply_rows<HALF>(c, a, b[0], b[2]);
-      multiply_rows<HALF>(c + 4, a, b[1], b[3]);
+    for (int j = 0; j < 4; ++j) {
+      const float2 f = unpack<HALF>(u[j]), g = unpack<HALF>(v[j]);
+      c[j] = fmaf(f.x, g.x, c[j]);
+      c[j] = fmaf(f.y, g.y, c[j]);
     }
-  const int lane = threadIdx.x & 31;
-  float sum = lane >> 2 & 1 ? c[1] + c[7] : c[0] + c[6];
-  if (lane >> 3 != (lane & 3)) sum = 0;
+  }
+  float sum = (c[0] + c[1]) + (c[2] + c[3]);
 #pragma unroll
   for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-  if (lane == 0) out[warp] = sum;
+  return sum;
 }
 }  // namespace gdn
 #endif

@@ -18,9 +18,8 @@ out, and its sums are fp32: under strong decay nothing else keeps dg exact.
 An item is a (chunk, key head); a CTA walks items and, within one, the value heads of the key head,
 whose dq and dk add up in accumulators. Two warpgroups hold 64 key columns each of dq and dk and run
 one copy of the code. Of a head's [64, 64] matrices the first makes dP and the second N + N^T, and they
-meet in shared memory. All operands lie in shared memory, S and dS one buffer a warpgroup. A third
-warpgroup loads, sums up dg and divides for dbeta. Of items the loading warp alone looks for the place,
-and after the last one it announces an empty head and an empty item, for the consumers that look ahead.
+meet in shared memory. All operands lie in shared memory, S and dS one buffer a warpgroup. Of a third
+warpgroup one warp loads, one sums up dg, one makes dbeta, and two of them <dS, S>.
 
 Normalised queries and keys are never written: the accumulators hold |q|^-1 dq^ and |k|^-1 dk^ of the
 unit vectors, for which factors 1/|q_i| and 1/|k_j| on dP, N and the row factors suffice, and
@@ -68,7 +67,28 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         at[3] = cu[doc[0] + 1] - at[2]
 
     @T.macro
-    def consume(w, group, item, qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project, dq, dk, cu,
+    def store_rows(ms, out, row, valid, hk, w, tx):
+        if valid >= C:
+            T.tma_copy(ms[w, :, :], out[row : row + C, hk, w * HALF : w * HALF + HALF])
+            T.tma_store_wait()
+        else:
+            for x in T.serial(C // 16):
+                if x * 16 + tx % 128 // 8 < valid:
+                    for y in T.vectorized(8):
+                        out[row + x * 16 + tx % 128 // 8, hk, w * HALF + tx % 8 * 8 + y] = ms[
+                            w, x * 16 + tx % 128 // 8, tx % 8 * 8 + y
+                        ]
+
+    @T.macro
+    def store_halves(ms, out, row, valid, hk, tx):
+        """Each warpgroup its own half: TileLang elects the thread that sends for a whole branch."""
+        if tx < 128:
+            store_rows(ms, out, row, valid, hk, 0, tx)
+        else:
+            store_rows(ms, out, row, valid, hk, 1, tx)
+
+    @T.macro
+    def consume(w, group, qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project, dq, dk, cu,
                 scale, bits, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX, fullS, emptyS,
                 fullD, emptyD, fullV, emptyV):  # fmt: skip
         M = T.alloc_local((32,), f32)
@@ -79,24 +99,16 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         Iv = T.alloc_local((32,), f32)
         Id = T.alloc_local((32,), f32)
         rows = T.alloc_local((12,), f32)
-        packed = T.alloc_local((16,), "uint32")
-        pair_sums = T.alloc_local((18,), f32)
-        at[3] = 1
-        # the first head's pair matrix: every head makes the next one's
-        T.mbarrier_wait_parity(fullX[0], 0)
-        call(PAIR, M.data, tile(xs, 2 * w), tile(xs, 2 - w))
-        call("commit_products")
-        call("wait_products<0>")
-        call("settle", M.data)
-        for _ in T.serial(T.ceildiv(NC * Hk - bx, processors)):
-            if at[3] > 0:
-                T.mbarrier_wait_parity(fullQ[0], count[0] % 2)
-                for x in T.unroll(3):
-                    at[1 + x] = item[x]
+        for it in T.serial(T.ceildiv(NC * Hk - bx, processors)):
+            find_item(bx + it * processors, cu, Hk, N1 - 1, bits, doc, at)
             valid = at[3]
             if valid > 0:
+                first = count[0] * R
                 call("clear", Aq.data)
                 call("clear", Ak.data)
+                T.mbarrier_wait_parity(fullX[first % 2], (first // 2) % 2)
+                call(PAIR, M.data, tile(xs, first % 2 * 3 + 2 * w), tile(xs, first % 2 * 3 + 2 - w))
+                T.mbarrier_wait_parity(fullQ[0], count[0] % 2)
                 call(PAIR, QK.data, tile(qk, 2 * w), tile(qk, 2))
                 call("commit_products")
                 if normalize:
@@ -111,6 +123,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                     call("meet", 1)
                 call("wait_products<0>")
                 call("settle", QK.data)
+                call("settle", M.data)
                 call("drop_diagonal", QK.data)
                 for g in T.serial(R):
                     group[2] = T.call_extern(i32, "gdn::uniform", count[0] * R + g)
@@ -123,47 +136,30 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                         QK.data,
                         T.access_ptr(gs[s, 0], "r"),
                         T.access_ptr(logs[0], "r"),
+                        tile(ms, 0),
+                        T.access_ptr(sums[s * 2 + w, 0], "w"),
+                        T.access_ptr(sums[s * 2 + w, 64], "w"),
                         T.access_ptr(diagonal[s, 0], "w"),
-                        packed.data,
-                        pair_sums.data,
                         w,
                         group[1],
                         valid,
                         scale,
                     )
-                    T.mbarrier_wait_parity(fullS[w], hc % 2)
-                    call(INTER, Iq.data, tile(xs, s * 3), tile(Ss, w))
-                    call("commit_products")
-                    call(
-                        "store_pairs",
-                        packed.data,
-                        pair_sums.data,
-                        tile(ms, 0),
-                        T.access_ptr(sums[s * 2 + w, 0], "w"),
-                        T.access_ptr(sums[s * 2 + w, 64], "w"),
-                        w,
-                        group[1],
-                    )
-                    T.mbarrier_wait_parity(fullD[w], hc % 2)
-                    call(
-                        f"trace<{half}>",
-                        tile(Ss, w),
-                        tile(Ds, w),
-                        T.access_ptr(traces[s, w * 4], "w"),
-                        group[1],
-                    )
-                    call(INTER, Iv.data, tile(xs, s * 3 + 1), tile(Ss, w))
-                    call(INTER, Id.data, tile(xs, s * 3 + 2), tile(Ds, w))
-                    call("commit_products")
                     call(
                         f"row_factors<{norm}>",
                         rows.data,
                         T.access_ptr(gs[s, 0], "r"),
                         T.access_ptr(logs[0], "r"),
-                        T.access_ptr(traces[s, 8], "w"),
+                        T.access_ptr(traces[s, 2], "w"),
                         scale,
                     )
                     call("meet", 2)  # dP and N + N^T are there
+                    T.mbarrier_wait_parity(fullS[w], hc % 2)
+                    call(INTER, Iq.data, tile(xs, s * 3), tile(Ss, w))
+                    call("commit_products")
+                    call(INTER, Iv.data, tile(xs, s * 3 + 1), tile(Ss, w))
+                    T.mbarrier_wait_parity(fullD[w], hc % 2)
+                    call(INTER, Id.data, tile(xs, s * 3 + 2), tile(Ds, w))
                     call(f"product<{half}, 1, 1, 4, 1, false>", Ak.data, tile(ms, 0), tile(qk, w))
                     call(
                         f"product<{half}, 0, 1, 4, -1, false>",
@@ -172,24 +168,25 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                         tile(qk, 2 + w),
                     )
                     call("commit_products")
-                    call("wait_products<2>")
+                    call("wait_products<1>")
                     call("settle", Iq.data)
                     call(f"add_query<{half}>", Aq.data, Iq.data, tile(qk, w), rows.data)
-                    call("wait_products<1>")
-                    call("settle", Iv.data)
-                    call("settle", Id.data)
-                    if tx % 32 == 0:
-                        T.mbarrier_arrive(emptyS[w])
-                        T.mbarrier_arrive(emptyD[w])
-                        T.mbarrier_arrive(emptyX[s])
-                    T.mbarrier_wait_parity(fullX[1 - s], ((hc + 1) // 2) % 2)
+                    # the next head's pair matrix; after the last one, of what lies there
+                    last = T.cast(g == R - 1, i32)
+                    T.mbarrier_wait_parity(fullX[(hc + 1 - last) % 2], ((hc + 1 - last) // 2) % 2)
                     call(
                         f"product<{half}, 0, 1, 4, 1, false>", Aq.data, tile(ms, 0), tile(qk, 2 + w)
                     )
                     call(PAIR, M.data, tile(xs, (1 - s) * 3 + 2 * w), tile(xs, (1 - s) * 3 + 2 - w))
                     call("commit_products")
                     call("wait_products<1>")
+                    call("settle", Iv.data)
+                    call("settle", Id.data)
                     call("settle", Ak.data)
+                    if tx % 32 == 0:
+                        T.mbarrier_arrive(emptyS[w])
+                        T.mbarrier_arrive(emptyD[w])
+                        T.mbarrier_arrive(emptyX[s])
                     call(f"add_key<{half}>", Ak.data, Iv.data, Id.data, tile(qk, 2 + w), rows.data)
                     call("store_dots", rows.data, T.access_ptr(sums[s * 2 + w, 320], "w"))
                     T.call_extern("handle", "__syncwarp")
@@ -207,7 +204,8 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                         tile(qk, 2 + w),
                         T.access_ptr(project[w, 0], "w"),
                     )
-                    call("meet", 1)
+                call("meet", 1)
+                if normalize:
                     call(
                         f"subtract_rows<{half}>",
                         Aq.data,
@@ -219,20 +217,13 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                         scale,
                     )
                 T.mbarrier_arrive(emptyQ[0])
-                call(
-                    f"store_rows<{half}>",
-                    Aq.data,
-                    T.access_ptr(dq[at[2], at[1], w * HALF], "w"),
-                    Hk * K * 2,
-                    valid,
-                )
-                call(
-                    f"store_rows<{half}>",
-                    Ak.data,
-                    T.access_ptr(dk[at[2], at[1], w * HALF], "w"),
-                    Hk * K * 2,
-                    valid,
-                )
+                call(f"stage_rows<{half}>", Aq.data, tile(ms, w))
+                call("meet_half", 3 + w)
+                store_halves(ms, dq, at[2], valid, at[1], tx)
+                call("meet_half", 3 + w)
+                call(f"stage_rows<{half}>", Ak.data, tile(ms, w))
+                call("meet_half", 3 + w)
+                store_halves(ms, dk, at[2], valid, at[1], tx)
                 count[0] += 1
 
     @T.prim_func
@@ -268,13 +259,11 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             logs = T.alloc_shared((2 * C,), f32)
             project = T.alloc_shared((2, 2 * C), f32)
             sums = T.alloc_shared((4, 7 * C), f32)  # rows, columns of 4 warps, dots, ends
-            traces = T.alloc_shared((2, 16), f32)
+            traces = T.alloc_shared((2, 8), f32)
             diagonal = T.alloc_shared((2, C), f32)
-            item = T.alloc_shared(
-                (4,), i32
-            )  # key head, first token, tokens of the document from there
 
             betas = T.alloc_local((2,), f32)
+            part = T.alloc_local((1,), f32)
             doc = T.alloc_local((1,), i32)
             at = T.alloc_local((4,), i32)
             count = T.alloc_local((1,), i32)  # items so far
@@ -287,10 +276,10 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             fullX = T.alloc_barrier([32] * 2)
             emptyX = T.alloc_barrier([8] * 2)
             fullS = T.alloc_barrier([32] * 2)
-            emptyS = T.alloc_barrier([4] * 2)
+            emptyS = T.alloc_barrier([5] * 2)
             fullD = T.alloc_barrier([32] * 2)
-            emptyD = T.alloc_barrier([4] * 2)
-            fullV = T.alloc_barrier([8] * 2)
+            emptyD = T.alloc_barrier([5] * 2)
+            fullV = T.alloc_barrier([10] * 2)
             emptyV = T.alloc_barrier([64] * 2)
             tx = T.get_thread_binding()
             count[0] = 0
@@ -299,7 +288,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                 T.set_max_nreg(224, 1)
                 group[0] = T.call_extern(i32, "gdn::uniform", tx // 128)
                 group[1] = T.call_extern(i32, "gdn::uniform", tx // 32 % 4)
-                consume(group[0], group, item, qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project,
+                consume(group[0], group, qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project,
                         dq, dk, cu, scale, bits, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX,
                         fullS, emptyS, fullD, emptyD, fullV, emptyV)  # fmt: skip
             else:
@@ -363,9 +352,6 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                         )
                                     if normalize:
                                         T.tma_copy(rnorm[slot, hk, :], rk, barrier=fullQ[0])
-                                    if tx % 32 == 0:
-                                        for x in T.unroll(3):
-                                            item[x] = at[1 + x]
                                     T.mbarrier_arrive(fullQ[0])
                                 for w in range(2):
                                     T.mbarrier_wait_parity(emptyD[w], hc % 2 ^ 1)
@@ -391,17 +377,30 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                     )
                                     T.mbarrier_arrive(emptyV[s])
                             else:
-                                if tx < 352:
-                                    for g in T.serial(R):
-                                        hc = count[0] * R + g
-                                        s = hc % 2
-                                        h = hk * R + g
-                                        for x in T.unroll(2):
-                                            betas[x] = 1.0
-                                            if tx % 32 + x * 32 < at[3]:
-                                                betas[x] = T.cast(
-                                                    beta[row + tx % 32 + x * 32, h], f32
-                                                )
+                                for g in T.serial(R):
+                                    hc = count[0] * R + g
+                                    s = hc % 2
+                                    h = hk * R + g
+                                    half_columns = tx // 32 - 10
+                                    for x in T.unroll(2):
+                                        betas[x] = 1.0
+                                        if tx < 352 and tx % 32 + x * 32 < at[3]:
+                                            betas[x] = T.cast(beta[row + tx % 32 + x * 32, h], f32)
+                                    T.mbarrier_wait_parity(fullS[half_columns], hc % 2)
+                                    T.mbarrier_wait_parity(fullD[half_columns], hc % 2)
+                                    part[0] = T.call_extern(
+                                        f32,
+                                        f"gdn::trace<{half}>",
+                                        tile(Ss, half_columns),
+                                        tile(Ds, half_columns),
+                                    )
+                                    T.mbarrier_wait_parity(emptyV[s], (hc // 2) % 2 ^ 1)
+                                    if tx % 32 == 0:
+                                        T.mbarrier_arrive(emptyS[half_columns])
+                                        T.mbarrier_arrive(emptyD[half_columns])
+                                        traces[s, half_columns] = part[0]
+                                        T.mbarrier_arrive(fullV[s])
+                                    if tx < 352:
                                         T.mbarrier_wait_parity(fullV[s], (hc // 2) % 2)
                                         call(
                                             "beta_gradient",
@@ -417,12 +416,5 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                         )
                                         T.mbarrier_arrive(emptyV[s])
                         count[0] += 1
-                if tx < 288:  # consumers look one head ahead, past the last one too
-                    T.mbarrier_wait_parity(emptyX[count[0] * R % 2], (count[0] * R // 2) % 2 ^ 1)
-                    T.mbarrier_arrive(fullX[count[0] * R % 2])
-                    T.mbarrier_wait_parity(emptyQ[0], count[0] % 2 ^ 1)
-                    if tx % 32 == 0:
-                        item[2] = 0
-                    T.mbarrier_arrive(fullQ[0])
 
     return main

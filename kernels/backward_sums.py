@@ -46,11 +46,11 @@ __device__ __forceinline__ void meet_half(int barrier) {
   asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }
 // One warp. sums: for both warpgroups rows[64], columns[4][64], dots[64], ends[64]; traces: <dS, S> of
-// the eight warps' parts, and gamma_C. Writes the reverse cumulative sum of dG for the first `valid` tokens.
+// both halves of the key columns, and gamma_C. Writes the reverse cumulative sum of dG for the first `valid` tokens.
 __device__ __forceinline__ void gate_gradient(const float* sums, const float* traces, float* dg,
                                               long stride, int valid) {
   const int lane = threadIdx.x & 31;
-  float x[2], tail = lane < 8 ? traces[lane] * traces[8] : 0.f;
+  float x[2], tail = lane == 0 ? (traces[0] + traces[1]) * traces[2] : 0.f;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int t = lane * 2 + i;
