@@ -5,7 +5,8 @@ operator, forward and forward + backward through autograd, launches included, ea
 with its slowest rank. Checks first: outputs and gradients over the ranks against one GPU's. Writes
 docs/results/cp-2xh200.json and .png. Arguments:
 
-    peers=[flash_qla,ulysses]    flash_qla (inter-card), fla, ulysses (head-parallel all-to-all around our kernels)
+    peers=[flash_qla]    flash_qla (inter-card), fla, ulysses (head-parallel all-to-all around our kernels; it
+                         sends so much that NCCL then gets all its channels, otherwise four)
     shapes=[[65536,16,32],...]   T of the whole sequence, key heads, value heads
     gates=[qwen,slow] exchanges=[ring,all_gather,all_to_all] repeats=20 out=docs/results/cp-2xh200
     layer=true       also the whole layer, hidden 2048 (cp_layers.py)
@@ -40,7 +41,7 @@ NAMES = ("o", "dq", "dk", "dv", "dg", "dbeta")
 @dataclass
 class Options:
     op: str = "cp"
-    peers: list[str] = field(default_factory=lambda: ["flash_qla", "ulysses"])
+    peers: list[str] = field(default_factory=lambda: ["flash_qla"])
     shapes: list[list[int]] = field(
         default_factory=lambda: [[65536, 16, 32], [131072, 16, 32], [65536, 16, 64]]
     )
@@ -200,7 +201,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 @contextmanager
-def joined() -> Iterator[tuple[int, dist.ProcessGroup]]:
+def joined(*, few_channels: bool = False) -> Iterator[tuple[int, dist.ProcessGroup]]:
     """This rank and the group of all processes that torchrun started."""
     if "RANK" not in os.environ:
         raise ValueError(
@@ -212,9 +213,10 @@ def joined() -> Iterator[tuple[int, dist.ProcessGroup]]:
             f"process {local + 1} of this host has no GPU of its own: there are {gpus}"
         )
     torch.cuda.set_device(local)
-    # Messages of a few MB need few multiprocessors; while one waits for its sender it holds them, and
-    # chains of 128 CTAs would not fit beside it.
-    os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", "4")
+    if few_channels:
+        # Messages of a few MB need few multiprocessors; while one waits for its sender it holds them,
+        # and chains of 128 CTAs would not fit beside it.
+        os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", "4")
     dist.init_process_group(
         "nccl",
         timeout=datetime.timedelta(seconds=60),
@@ -231,7 +233,7 @@ def main(arguments: list[str]) -> None:
     options = parse(Options(), arguments)
     path = results_path(options.out)
     rows: list[dict[str, Any]] = []
-    with joined() as (rank, group):
+    with joined(few_channels="ulysses" not in options.peers) as (rank, group):
         work = [
             partial(measure, options, shape, gates, group)
             for shape in options.shapes
