@@ -6,7 +6,7 @@ one panel after the other, so that a warpgroup writes and sends its own without 
 
 import tilelang.language as T
 
-from .common import CHUNK, MATRIX_COPIES
+from .common import MATRIX_COPIES
 
 SOURCE = (
     MATRIX_COPIES
@@ -28,42 +28,6 @@ __device__ __forceinline__ void fence_shared() {
 #endif
 """
 )
-
-
-@T.macro
-def load_transposed(xs, first, Xf, tx):
-    """Xf [C, columns] <- the panels of 64 columns from row `first` on, one a warpgroup."""
-    for x in T.unroll(4):
-        T.call_extern(
-            "handle",
-            "tl::ptx_ldmatrix_x4_trans",
-            T.access_ptr(
-                xs[
-                    first + tx // 128 * CHUNK + x * 16 + tx % 32 // 16 * 8 + tx % 8,
-                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
-                ],
-                "r",
-            ),
-            T.access_ptr(Xf[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"),
-        )
-
-
-@T.macro
-def stage_rows(Of, os_, tx):
-    """Of [C, columns] -> the panels of `os_`."""
-    for x in T.unroll(4):
-        T.call_extern(
-            "handle",
-            "gdn::store_matrix_trans",
-            T.access_ptr(
-                os_[
-                    tx // 128 * CHUNK + x * 16 + tx % 32 // 16 * 8 + tx % 8,
-                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
-                ],
-                "w",
-            ),
-            T.access_ptr(Of[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "r"),
-        )
 
 
 @T.macro

@@ -16,9 +16,7 @@ import tilelang.language as T
 
 from .backward_common import (
     SOURCE,
-    load_transposed,
     send_state,
-    stage_rows,
     stage_state,
 )
 from .common import (
@@ -33,6 +31,8 @@ from .common import (
     TARGET,
     accumulator_layout,
     find_segment,
+    load_transposed,
+    store_transposed,
     transposed_layout,
 )
 
@@ -138,12 +138,12 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                         clear_accum=True,
                         policy=T.GemmWarpPolicy.FullRow,
                     )
-                    load_transposed(xs, s * halves * C, Xf, tx)
+                    load_transposed(xs, (s * halves + tx // 128) * C, Xf, tx)
                     T.tma_store_wait()
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                     stage_state(Sf, ss, tx)
                     if c > 0:
-                        stage_rows(Of, os_, tx)
+                        store_transposed(Of, os_, tx // 128 * C, tx)
                     T.call_extern("handle", "gdn::fence_shared")
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                     if tx < 128:
@@ -192,7 +192,7 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                 if n > 0:
                     T.tma_store_wait()
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    stage_rows(Of, os_, tx)
+                    store_transposed(Of, os_, tx // 128 * C, tx)
                     T.call_extern("handle", "gdn::fence_shared")
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                     if tx < 128:

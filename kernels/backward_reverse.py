@@ -21,9 +21,7 @@ import tilelang.language as T
 
 from .backward_common import (
     SOURCE,
-    load_transposed,
     send_state,
-    stage_rows,
     stage_state,
 )
 from .common import (
@@ -39,6 +37,8 @@ from .common import (
     TARGET,
     accumulator_layout,
     find_segment,
+    load_transposed,
+    store_transposed,
     transposed_layout,
 )
 from .summary import LOG2_NEGLIGIBLE
@@ -195,7 +195,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                         stage_state(Sf, ss, tx)
                         if i > 0:
-                            stage_rows(Of, os_, tx)
+                            store_transposed(Of, os_, tx // 128 * C, tx)
                         T.call_extern("handle", "gdn::fence_shared")
                         T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                         if tx < 128:
@@ -209,7 +209,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                                     os_, dv, row + (c + 1) * C, at[END], h,
                                     tile * BV + BV - HALF, halves - 1, tx,
                                 )  # fmt: skip
-                    load_transposed(xs, s * halves * C, Xf, tx)
+                    load_transposed(xs, (s * halves + tx // 128) * C, Xf, tx)
                     for x, y in T.Parallel(BV, C):
                         Xa[x, y] = Xf[y, x]
                     T.mbarrier_wait_parity(ready[b], (i // 2) % 2)
@@ -248,7 +248,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                     if n > 0:
                         T.tma_store_wait()
                         T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        stage_rows(Of, os_, tx)
+                        store_transposed(Of, os_, tx // 128 * C, tx)
                         T.call_extern("handle", "gdn::fence_shared")
                         T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                         if tx < 128:
