@@ -250,8 +250,7 @@ class TorchRun:
 
     def some_states(self, count: int) -> Tensor:
         """Zeros [count, Hv, K, V]."""
-        terms = self._terms
-        return terms.v.new_zeros(count, terms.v.shape[1], terms.k.shape[3], terms.v.shape[3])
+        return self.room(count).zero_()
 
     def room(self, count: int) -> Tensor:
         """For states [count, Hv, K, V]; nothing is written there yet."""

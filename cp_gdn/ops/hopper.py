@@ -45,8 +45,7 @@ class HopperRun:
 
     def some_states(self, count: int) -> Tensor:
         """Zeros [count, Hv, K, V]."""
-        q, _, v = self._inputs[:3]
-        return q.new_zeros(count, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+        return self.room(count).zero_()
 
     def room(self, count: int) -> Tensor:
         """For states [count, Hv, K, V]; nothing is written there yet."""
