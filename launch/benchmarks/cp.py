@@ -33,7 +33,7 @@ from .cp_layers import measure_layer, measure_model
 from .cp_peers import PEERS, flash_qla_alone
 from .cp_timing import slowest, time_calls
 from .inputs import draw
-from .timing import parse, results_path, write
+from .timing import parse, pyplot, results_path, write
 
 NAMES = ("o", "dq", "dk", "dv", "dg", "dbeta")
 
@@ -179,14 +179,9 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = [k for k, v in rows[0].items() if isinstance(v, dict) and "both" in v]
     rows = [row for row in rows if row["what"] == "operator"]
-    figure, axes = plt.subplots(figsize=(9, 1.1 * len(rows) + 1.2), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(9, 1.1 * len(rows) + 1.2), layout="constrained")
     height = 0.85 / len(names)
     for i, name in enumerate(names):
         values = [row[name]["both"]["ms"] if name in row else 0 for row in rows]

@@ -22,7 +22,7 @@ from cp_gdn.ops.hopper import HopperRun
 
 from .cp import joined, ours, passes
 from .inputs import draw
-from .timing import parse, results_path
+from .timing import parse, pyplot, results_path
 
 STEPS = ("open", "leaving", "close", "open_backward", "entering", "replay", "close_backward")
 COLOURS = {
@@ -98,11 +98,7 @@ def covered(rank: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def draw_picture(ranks: list[list[dict[str, Any]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(12, 1.2 + 0.8 * len(ranks) * 2), layout="constrained")
     labels, used = [], set()
     for number, rank in enumerate(ranks):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cp_gdn import CPContext, CPGatedDeltaNet
 from cp_gdn.models.hybrid import HybridConfig, HybridLM
 
-from .timing import need_gpu, parse, results_path, write
+from .timing import need_gpu, parse, pyplot, results_path, write
 
 WARM = 5  # steps that are not timed: compilers, allocator
 
@@ -132,12 +132,7 @@ def measure(kind: str, options: Options) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     for row, style in zip(rows, ("-", "--", ":"), strict=False):
         label = (
             f"{row['kind']}, {row['tokens_per_s'] / 1e3:.0f}k tokens/s, {row['peak_gib']:.1f} GiB"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cp_gdn import chunk_gated_delta_rule
 
-from .timing import SCALE, need_gpu, parse, results_path, write
+from .timing import SCALE, need_gpu, parse, pyplot, results_path, write
 
 NAMES = ("o", "final", "dq", "dk", "dv", "dg", "dbeta", "dh0")
 GATES = {"random": 0.1, "slow": 1e-4, "zero": 0.0, "strong": 5.0, "mixed": 1.0, "near": 1e-2}
@@ -114,12 +114,7 @@ def measure(kind: str, options: Options) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(2, 4, figsize=(12, 5.5), sharey=True, layout="constrained")
+    figure, panels = pyplot().subplots(2, 4, figsize=(12, 5.5), sharey=True, layout="constrained")
     for name, axes in zip(NAMES, panels.flat, strict=True):
         for peer, mark in (("cp_gdn", "o"), ("flash_qla", "x")):
             points = [(row["kind"], row[peer][name]) for row in rows if peer in row]

@@ -25,7 +25,7 @@ from cp_gdn.virtual import VirtualGroup, run_virtual_ranks
 
 from .cp import ours, passes
 from .inputs import draw
-from .timing import need_gpu, parse, results_path, write
+from .timing import need_gpu, parse, pyplot, results_path, write
 
 
 @dataclass
@@ -85,12 +85,7 @@ def measure(options: Options, T: int, heads: list[int], gates: str) -> list[dict
 
 
 def plot(rows: list[dict[str, Any]], path: Any) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 4.5), layout="constrained")
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         name = f"{row['tokens_a_rank'] // 1024}k a rank, {row['Hk']}/{row['Hv']}, {row['gates']}"

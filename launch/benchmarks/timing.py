@@ -162,14 +162,19 @@ def timed(row: dict[str, Any]) -> list[str]:
     return [k[:-3] for k in row if k.endswith("_ms") and not k.endswith("sets_ms")]
 
 
-def plot(rows: list[dict[str, Any]], path: Path, what: str) -> None:
+def pyplot() -> Any:
+    """matplotlib.pyplot that draws into files, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def plot(rows: list[dict[str, Any]], path: Path, what: str) -> None:
     names = timed(rows[0])
-    figure, axes = plt.subplots(figsize=(9, 0.55 * len(rows) + 1.2), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(9, 0.55 * len(rows) + 1.2), layout="constrained")
     height = 0.8 / len(names)
     for i, name in enumerate(names):
         places = [y + i * height for y in range(len(rows))]
