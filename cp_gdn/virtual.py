@@ -8,6 +8,7 @@ Messages are copies on the device; a backward pass runs in its rank's own thread
 """
 
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ class VirtualGroup:
         self._failed = False
         self._mail: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
         self._rounds: dict[int, dict[int, Any]] = defaultdict(dict)
-        self._spans: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = defaultdict(list)
+        self._turns: dict[int, list[tuple[int, int]]] = defaultdict(list)
 
     @property
     def rank(self) -> int:
@@ -79,13 +80,14 @@ class VirtualGroup:
             total += part
         tensor.copy_(total)
 
-    def take_milliseconds(self) -> float:
-        """Device time of this rank's own work since the last call, without its waits; waits for the device."""
-        self._stop_clock()
-        torch.cuda.synchronize(self.device)
-        spans = self._spans.pop(self.rank, [])
-        self._start_clock()
-        return sum(start.elapsed_time(stop) for start, stop in spans)
+    def take_turns(self) -> list[tuple[int, int]]:
+        """When this rank ran since the last call: (start, stop) in ns, as of time.time_ns().
+
+        A turn ends when the device is idle, so what a profiler sees the device do within it is this rank's own work.
+        """
+        self._end_turn()
+        self._own.start = time.time_ns()
+        return self._turns.pop(self.rank)
 
     def run(self, rank: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """One rank's life, in its own thread."""
@@ -93,7 +95,7 @@ class VirtualGroup:
         with self._turn, torch.autograd.set_multithreading_enabled(False):
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            self._start_clock()
+            self._own.start = time.time_ns()
             try:
                 return fn(self, *args)
             except BaseException:
@@ -101,15 +103,15 @@ class VirtualGroup:
                 self._turn.notify_all()
                 raise
             finally:
-                self._stop_clock()
+                self._end_turn()
 
     def _wait(self, what: str, missing: Callable[[], list[int]]) -> None:
         """Let others run until no rank is missing."""
         if not missing():
             return
-        self._stop_clock()
+        self._end_turn()
         on_time = self._turn.wait_for(lambda: not missing() or self._failed, self._timeout)
-        self._start_clock()
+        self._own.start = time.time_ns()
         if not on_time:
             raise TimeoutError(
                 f"virtual rank {self.rank} waited {self._timeout} s for {what}; missing: ranks {missing()}"
@@ -117,16 +119,10 @@ class VirtualGroup:
         if missing():
             raise _OtherRankFailed
 
-    def _start_clock(self) -> None:
+    def _end_turn(self) -> None:
         if self.device.type == "cuda":
-            self._own.start = torch.cuda.Event(enable_timing=True)
-            self._own.start.record()
-
-    def _stop_clock(self) -> None:
-        if self.device.type == "cuda":
-            stop = torch.cuda.Event(enable_timing=True)
-            stop.record()
-            self._spans[self.rank].append((self._own.start, stop))
+            torch.cuda.synchronize(self.device)
+        self._turns[self.rank].append((self._own.start, time.time_ns()))
 
 
 class _OtherRankFailed(RuntimeError):

@@ -1,5 +1,6 @@
 """Virtual ranks: the same numbers as process groups, for more ranks than there are devices, and failures that end."""
 
+import itertools
 import threading
 
 import pytest
@@ -118,3 +119,17 @@ def test_a_rank_that_never_comes_is_named():
 def test_no_ranks_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         run_virtual_ranks(0, print)
+
+
+def _rounds(group):
+    for _ in range(3):
+        group.share(group.rank, "round")
+    return group.take_turns()
+
+
+def test_turns_of_ranks_do_not_meet():
+    """One rank runs at a time, so a profiler can tell whose work it saw."""
+    every = run_virtual_ranks(4, _rounds)
+    assert all(turns and start <= stop for turns in every for start, stop in turns)
+    order = sorted(turn for turns in every for turn in turns)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(order))

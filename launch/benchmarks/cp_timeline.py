@@ -57,9 +57,16 @@ def annotate() -> None:
         setattr(boundary, name, labelled("exchange", getattr(boundary, name)))
 
 
-def spans(trace: Path) -> list[dict[str, Any]]:
+def read_trace(profiler: profile) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())
+
+
+def spans(trace: dict[str, Any]) -> list[dict[str, Any]]:
     """Kernels and copies of a Chrome trace with the step whose annotation encloses their launch; microseconds."""
-    events = json.loads(trace.read_text())["traceEvents"]
+    events = trace["traceEvents"]
     notes = [e for e in events if e.get("cat") == "user_annotation" and e["name"] in COLOURS]
     launches = {
         e["args"]["correlation"]: e
@@ -77,8 +84,10 @@ def spans(trace: Path) -> list[dict[str, Any]]:
             if n["tid"] == launch["tid"] and n["ts"] <= launch["ts"] <= n["ts"] + n["dur"]
         ]
         step = "exchange" if "nccl" in e["name"].lower() else (inside or ["other"])[-1]
+        stream = e["args"]["stream"]
+        copy = e["cat"] == "gpu_memcpy"
         found.append(
-            {"step": step, "start": e["ts"], "us": e["dur"], "stream": e["args"]["stream"]}
+            {"step": step, "start": e["ts"], "us": e["dur"], "stream": stream, "copy": copy}
         )
     return found
 
@@ -143,10 +152,7 @@ def main(arguments: list[str]) -> None:
             for _ in range(3):
                 both()
             torch.cuda.synchronize()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder) / "trace.json"
-            profiler.export_chrome_trace(str(trace))
-            found = sorted(spans(trace), key=lambda s: s["start"])
+        found = sorted(spans(read_trace(profiler)), key=lambda s: s["start"])
         third = [s for s in found if s["start"] >= found[0]["start"]][-(len(found) // 3) :]
         every: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(every, third, group=group)

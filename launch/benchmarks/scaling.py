@@ -1,29 +1,31 @@
 """What a rank computes in larger groups, on one GPU, and the scaling that this predicts: ``launch/bench.py op=scaling``
 
 Weak scaling of the operator, forward + backward: every rank holds T tokens of one document. The ranks are virtual
-(cp_gdn.virtual), so a rank's device time is measured without its waits; the exchange is added from the link, as the
-owners' all-to-all of the states:
+(cp_gdn.virtual) and take turns; a profiler says how long the device is busy in a rank's turns, copies between ranks
+left out. What the link takes instead is added, as if nothing ran beside it, for the owners' all-to-all of the states:
 
-    predicted ms = slowest rank's ms + 2 passes * 2 messages * (latency + bytes / bandwidth)
+    predicted ms = slowest rank's ms + 2 passes * 2 messages * latency + bytes / bandwidth
 
 Predictions, not measurements of P GPUs; docs/results/scaling-predicted.json says so in every row. Arguments:
 
-    tokens=[32768,131072] heads=[[16,32],[16,64]] ranks=[1,2,4,8,16] gates=[qwen,slow] repeats=5
+    tokens=[32768,131072] heads=[[16,32],[16,64]] ranks=[1,2,4,8,16] gates=[qwen,slow] repeats=3
     latency_us=30 gigabytes_per_s=150     of the link; defaults: measured between two H200s through NCCL
 """
 
-import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from cp_gdn import build_cp_context
 from cp_gdn.virtual import VirtualGroup, run_virtual_ranks
 
 from .cp import ours, passes
+from .cp_timeline import annotate, read_trace, spans
 from .inputs import draw
 from .timing import need_gpu, parse, pyplot, results_path, write
 
@@ -35,25 +37,62 @@ class Options:
     heads: list[list[int]] = field(default_factory=lambda: [[16, 32], [16, 64]])
     ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     gates: list[str] = field(default_factory=lambda: ["qwen", "slow"])
-    repeats: int = 5
+    repeats: int = 3
     latency_us: float = 30.0
     gigabytes_per_s: float = 150.0
     most_tokens: int = 1 << 20  # of all ranks together: they share one GPU's memory
     out: str = "docs/results/scaling-predicted"
 
 
-def rank_times(group: VirtualGroup, inputs: list[Tensor], do: Tensor, repeats: int) -> list[float]:
-    """Milliseconds of each repeat, this rank's own work; every rank computes on the same inputs."""
+Turns = list[tuple[int, int]]
+
+
+def rank_turns(group: VirtualGroup, inputs: list[Tensor], do: Tensor, repeats: int) -> list[Turns]:
+    """This rank's turns in each repeat; every rank computes on the same inputs."""
     T = inputs[0].shape[1]
     context = build_cp_context(group, seq_len=T * group.size, exchange="all_to_all")
     both = passes(ours(context), inputs, do)[1]
-    times = []
-    for _ in range(repeats + 1):
+    turns = []
+    for _ in range(repeats):
         group.share(None, "start")
-        group.take_milliseconds()
+        group.take_turns()
         both()
-        times.append(group.take_milliseconds())
-    return times[1:]
+        turns.append(group.take_turns())
+    return turns
+
+
+def busy(kernels: list[dict[str, Any]], base: int, turns: Turns) -> tuple[float, dict[str, float]]:
+    """Milliseconds in which a kernel ran during the turns, and those of each step's kernels, which may overlap."""
+    total, steps, end = 0.0, dict[str, float](), float("-inf")
+    for kernel in sorted(kernels, key=lambda kernel: kernel["start"]):
+        start, stop = kernel["start"], kernel["start"] + kernel["us"]
+        middle = base + (start + stop) / 2 * 1e3
+        if kernel["copy"] or not any(first <= middle <= last for first, last in turns):
+            continue
+        steps[kernel["step"]] = steps.get(kernel["step"], 0.0) + kernel["us"] / 1e3
+        total += max(0.0, stop - max(start, end)) / 1e3
+        end = max(end, stop)
+    return total, steps
+
+
+def rank_times(
+    P: int, inputs: list[Tensor], do: Tensor, repeats: int
+) -> list[tuple[float, dict[str, float]]]:
+    """:func:`busy` of every rank: the median repeat's."""
+    run_virtual_ranks(P, rank_turns, inputs, do, 1, device="cuda")
+    with profile(
+        activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA],
+        experimental_config=_ExperimentalConfig(profile_all_threads=True),
+    ) as profiler:
+        turns = run_virtual_ranks(P, rank_turns, inputs, do, repeats, device="cuda")
+    trace = read_trace(profiler)
+    kernels, base = spans(trace), trace["baseTimeNanoseconds"]
+    return [
+        sorted((busy(kernels, base, each) for each in rank), key=lambda times: times[0])[
+            len(rank) // 2
+        ]
+        for rank in turns
+    ]
 
 
 def measure(options: Options, T: int, heads: list[int], gates: str) -> list[dict[str, Any]]:
@@ -63,8 +102,8 @@ def measure(options: Options, T: int, heads: list[int], gates: str) -> list[dict
     for P in options.ranks:
         if options.most_tokens < P * T:
             continue
-        each = run_virtual_ranks(P, rank_times, inputs, do, options.repeats, device="cuda")
-        medians = [statistics.median(times) for times in each]
+        ranks = rank_times(P, inputs, do, options.repeats)
+        slowest, steps = max(ranks, key=lambda times: times[0])
         state = heads[1] * 128 * 128 * 4
         link = 0.0
         if P > 1:  # forward: S and M out, S_in back; backward: dS out, dS_in back
@@ -72,8 +111,9 @@ def measure(options: Options, T: int, heads: list[int], gates: str) -> list[dict
             link = 4 * options.latency_us / 1e3 + sent / options.gigabytes_per_s / 1e6
         row = {
             "tokens_a_rank": T, "Hk": heads[0], "Hv": heads[1], "gates": gates, "ranks": P,
-            "rank_ms": medians, "slowest_rank_ms": max(medians), "link_ms": link,
-            "predicted_ms": max(medians) + link, "kind": "prediction from virtual ranks",
+            "rank_ms": [total for total, _ in ranks], "slowest_rank_ms": slowest,
+            "slowest_rank_steps_ms": steps, "link_ms": link,
+            "predicted_ms": slowest + link, "kind": "prediction from virtual ranks",
         }  # fmt: skip
         for reference in (1, 2):
             first = next((r for r in [*rows, row] if r["ranks"] == reference), None)
@@ -111,6 +151,7 @@ def plot(rows: list[dict[str, Any]], path: Any) -> None:
 def main(arguments: list[str]) -> None:
     options = parse(Options(), arguments)
     need_gpu()
+    annotate()
     path = results_path(options.out)
     rows: list[dict[str, Any]] = []
     work = [(T, h, g) for T in options.tokens for h in options.heads for g in options.gates]
@@ -120,7 +161,8 @@ def main(arguments: list[str]) -> None:
             tqdm.write(
                 f"{T // 1024}k a rank {heads[0]}/{heads[1]} {gates} P={row['ranks']}: slowest rank "
                 f"{row['slowest_rank_ms']:.3f} ms, predicted {row['predicted_ms']:.3f}, "
-                f"efficiency {row['efficiency_against_1']:.2f}"
+                f"efficiency {row['efficiency_against_1']:.2f}; "
+                + ", ".join(f"{k} {v:.3f}" for k, v in row["slowest_rank_steps_ms"].items())
             )
         write(path, options, rows)
     plot(rows, path.with_suffix(".png"))

@@ -1,6 +1,5 @@
 """The host side of the benchmarks of context parallelism: what they refuse, and how traces become pictures."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +37,6 @@ def _event(category, name, start, length, **args):
 
 def test_kernels_are_named_by_the_step_that_launched_them(benchmarks, tmp_path):
     """An open kernel of 100 us; an NCCL kernel of 40 us, the first 30 of them beside the replay."""
-    trace = tmp_path / "trace.json"
     events = [
         _event("user_annotation", "open", 0, 10),
         _event("user_annotation", "replay", 20, 10),
@@ -49,8 +47,7 @@ def test_kernels_are_named_by_the_step_that_launched_them(benchmarks, tmp_path):
         _event("kernel", "main_kernel", 150, 30, correlation=2, stream=7),
         _event("kernel", "ncclDevKernel_SendRecv", 150, 40, correlation=3, stream=9),
     ]
-    trace.write_text(json.dumps({"traceEvents": events}))
-    found = benchmarks["timeline"].spans(trace)
+    found = benchmarks["timeline"].spans({"traceEvents": events})
     assert [(s["step"], s["us"]) for s in found] == [
         ("open", 100),
         ("replay", 30),
@@ -75,3 +72,20 @@ def test_the_plot_has_a_bar_a_measurement(benchmarks, tmp_path):
     assert "one_gpu 6.000" in text and "ratio_to_one_gpu 0.500" in text
     benchmarks["cp"].plot([row, {**row, "what": "layer"}], tmp_path / "cp.png")
     assert (tmp_path / "cp.png").stat().st_size > 1000
+
+
+def test_a_rank_is_busy_while_its_kernels_run(benchmarks):
+    """In two turns: kernels of 100 and 60 us that overlap by 20, a copy, and one of 30 us; others' do not count."""
+
+    def kernel(step, start, us, copy=False):
+        return {"step": step, "start": start, "us": us, "stream": 7, "copy": copy}
+
+    kernels = [
+        kernel("open", 10, 100), kernel("replay", 90, 60), kernel("exchange", 150, 20, copy=True),
+        kernel("open", 210, 50), kernel("close", 310, 30),
+    ]  # fmt: skip
+    base = 1_000_000
+    turns = [(base, base + 200_000), (base + 300_000, base + 400_000)]
+    total, steps = benchmarks["scaling"].busy(kernels, base, turns)
+    assert abs(total - 0.17) < 1e-9
+    assert steps == {"open": 0.1, "replay": 0.06, "close": 0.03}
