@@ -89,3 +89,19 @@ def test_a_rank_is_busy_while_its_kernels_run(benchmarks):
     total, steps = benchmarks["scaling"].busy(kernels, base, turns)
     assert abs(total - 0.17) < 1e-9
     assert steps == {"open": 0.1, "replay": 0.06, "close": 0.03}
+
+
+def test_the_plot_tells_predictions_from_measurements(benchmarks, tmp_path):
+    scaling = benchmarks["scaling"]
+    weak = scaling.Series("weak", 32768, [16, 32], "qwen")
+    strong = scaling.Series("strong", 262144, [16, 32], "slow")
+    assert (weak.a_rank(8), strong.a_rank(8)) == (32768, 32768)
+    assert weak.efficiency(2.0, 2.5, 8) == 0.8 and strong.efficiency(16.0, 2.5, 8) == 0.8
+    rows = [
+        series.row(P, kind) | {"efficiency_against_1": 1 - P / 20}
+        for series in (weak, strong)
+        for kind, ranks in ((scaling.PREDICTED, (1, 2, 4)), (scaling.MEASURED, (2,)))
+        for P in ranks
+    ]
+    scaling.plot(rows, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 1000

@@ -276,11 +276,45 @@ def test_tilelang_gradients_over_two_gpus():
         assert max(errors.values()) < 8e-3, (way, errors)
 
 
-def _whole_sequence(heads):
+SPANNING = [0, 3, 200, 201, 470, 640]  # documents over several ranks, one of a token
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(
+    ("size", "cu_seqlens", "sizes"),
+    [
+        (3, None, [300, 320, 20]),
+        (8, None, None),
+        (16, SPANNING, None),
+        (16, SPANNING, [1] * 8 + [79] * 8),
+    ],
+)
+def test_kernels_over_many_virtual_ranks(size, cu_seqlens, sizes, exchange):
+    case = kernel_case(640, len(cu_seqlens) - 1 if cu_seqlens else 1)
+
+    def step(group):
+        context = build_cp_context(
+            group, seq_len=640, cu_seqlens=cu_seqlens, shard_sizes=sizes, exchange=exchange
+        )
+        o, final, *grads = kernel_gradients(case, context, rank=group.rank)
+        grads = [g.float() for g in grads]
+        for grad in grads:
+            group.all_reduce(grad)
+        return [context.gather(o), final, *grads]
+
+    ref = gradients_of_the_recurrence(case, cu_seqlens)
+    results = run_virtual_ranks(size, step, device="cuda")
+    for got in (results[0], results[-1]):
+        errors = overall_errors(got, ref)
+        assert max(errors.values()) < 8e-3, errors
+
+
+def _whole_sequence(heads, T):
     gen = torch.Generator("cuda").manual_seed(heads)
 
     def draw(*shape):
-        return torch.randn(1, 65536, *shape, generator=gen, device="cuda")
+        return torch.randn(1, T, *shape, generator=gen, device="cuda")
 
     q, k, v, do = (draw(n, 128).bfloat16() for n in (16, 16, heads, heads))
     g = -draw(heads).exp() * torch.logspace(-5, -1, heads, device="cuda")  # slow heads and fast
@@ -297,17 +331,21 @@ def _outputs_and_gradients(inputs, do, context=None):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "exchange"), [(32, "ring"), (32, "serial"), (64, "serial")])
-def test_two_virtual_ranks_give_the_bits_of_one_gpu(heads, exchange):
+@pytest.mark.parametrize(
+    ("heads", "exchange", "size"),
+    [(32, "ring", 2), (32, "serial", 2), (64, "serial", 2), (32, "serial", 4), (64, "serial", 4)],
+)
+def test_virtual_ranks_give_the_bits_of_one_gpu(heads, exchange, size):
     """Shards of 512 chunks: whole segments of the plans of both."""
-    inputs, do = _whole_sequence(heads)
+    T = 32768 * size
+    inputs, do = _whole_sequence(heads, T)
     want = _outputs_and_gradients(inputs, do)
 
     def step(group):
-        context = build_cp_context(group, seq_len=65536, exchange=exchange)
+        context = build_cp_context(group, seq_len=T, exchange=exchange)
         return _outputs_and_gradients(inputs, do, context)
 
     names = ("o", "dq", "dk", "dv", "dg", "dbeta")
-    parts = zip(*run_virtual_ranks(2, step, device="cuda"), strict=True)
-    got = [torch.cat(pair, 1) for pair in parts]
+    parts = zip(*run_virtual_ranks(size, step, device="cuda"), strict=True)
+    got = [torch.cat(part, 1) for part in parts]
     assert not [n for n, a, b in zip(names, got, want, strict=True) if not torch.equal(a, b)]
