@@ -91,14 +91,17 @@ STARTS, CLOSES, PASSES = range(3)  # scan.py
 
 def _scan(opened: OpenForward, incoming, state, transition, *, documents, mode) -> None:
     x, external, tiles = opened.packed, opened.external, opened.shape[-1] // COLUMNS
+    left, right, segment = opened.open_left, opened.open_right, opened.saved.plan.summarised
+    few = left + right + (x.k.shape[0] - 1) // (2 * segment * CHUNK)
+    listed = documents == x.documents and few < documents
     ready(scan)(
         external, opened.maps, opened.live, x.cu,
         external if opened.initial is None else opened.initial,
         external if incoming is None else incoming,
         external if state is None else state,
         external if transition is None else transition,
-        opened.saved.plan.summarised, tiles if transition is None else 2 * tiles, documents,
-        int(opened.initial is not None), opened.open_left, opened.open_right, mode,
+        segment, tiles if transition is None else 2 * tiles, few if listed else documents,
+        int(listed), x.bits, int(opened.initial is not None), left, right, mode,
     )  # fmt: skip
 
 
@@ -158,11 +161,13 @@ def open_forward(
         count, value_heads, 2, KEY_DIM, KEY_DIM, dtype=torch.bfloat16, device=k.device
     )
     live = torch.empty(count, value_heads, dtype=torch.int32, device=k.device)
-    if summarised:
+    blocks = max(0, (tokens - 1) // (plan.summarised * CHUNK))  # that are not a document's last
+    if summarised and blocks + open_right > 0:
+        known = blocks > 0 and open_left == 0 and x.documents == 1
         ready(summary, dtype=DTYPES[k.dtype], normalize=normalize)(
             x.k, x.v, a, gate, rnorm, x.cu, external if initial_state is None else initial_state,
             external, maps, live, plan.summarised, x.bits, int(initial_state is not None),
-            int(normalize or keys_normalized), open_left, open_right,
+            int(normalize or keys_normalized), open_left, open_right, blocks, int(known),
         )  # fmt: skip
     kept = maps, live
     if summarised and not plan.split and open_left == 0:  # their only use is to compose S_ext

@@ -1,5 +1,9 @@
 """Scan over segments, S_s = M_s S_{s-1} + S_ext,s: one CTA a (document, value head, 32 columns).
 
+`listed`: only the documents that are open on the left, those open on the right, and those that hold
+a token whose number is -1 modulo two segments, among them all of three segments and more; the
+others need no scan.
+
 States stay fp32. M and the state enter the products as two bf16 numbers each, x = high + low: the
 three wgmmas [128, 128] x [128, 32] of a step are good to 2^-16. The next M is on its way while a
 step runs. A segment whose M vanished (live = 0) needs no step.
@@ -16,7 +20,7 @@ step runs. A segment whose M vanished (live = 0) needs no step.
 import tilelang
 import tilelang.language as T
 
-from .common import CHUNK, FLAGS, TARGET
+from .common import CHUNK, FLAGS, TARGET, find_token
 
 MOST_SEGMENTS = 4096  # of a document
 COLUMNS = 32
@@ -47,13 +51,15 @@ def scan():
         total_map: T.Tensor((NM, Hv, K, K), f32),
         segment: T.int32,
         tiles: T.int32,
-        documents: T.int32,
+        jobs: T.int32,
+        listed: T.int32,
+        bits: T.int32,
         has_initial: T.int32,
         open_left: T.int32,
         open_right: T.int32,
         closing: T.int32,
     ):
-        with T.Kernel(tiles, Hv, documents, threads=256) as (tile, h, doc):
+        with T.Kernel(tiles, Hv, jobs, threads=256) as (tile, h, job):
             Ms = T.alloc_shared((4, K, K), bf16)  # [stage * 2 + (high, low)]
             Ss = T.alloc_shared((2, COLS, K), bf16)
             acc = T.alloc_fragment((K, COLS), f32)
@@ -61,13 +67,30 @@ def scan():
             full = T.alloc_barrier([256] * 2)
             tx = T.get_thread_binding()
             block = segment * CHUNK
+            which = T.alloc_local((1,), i32)
+            which[0] = job
+            token = (job - open_left - open_right + 1) * 2 * block - 1
+            if listed != 0 and job >= open_left:
+                if job < open_left + open_right:
+                    which[0] = N1 - 1 - open_right + job - open_left
+                else:
+                    find_token(cu, token, N1 - 1, bits, which)
+            doc = which[0]
             begin, end = cu[doc], cu[doc + 1]
+            mine = T.alloc_local((1,), i32)  # else another CTA's
+            mine[0] = 1
+            if listed != 0 and job >= open_left:
+                if doc < open_left:
+                    mine[0] = 0
+                elif job >= open_left + open_right:
+                    if doc >= N1 - 1 - open_right or token - begin >= 2 * block:
+                        mine[0] = 0
             first = T.truncdiv(begin, block) + doc
             count = T.truncdiv(end - begin + block - 1, block)
             column = tile % (V // COLS) * COLS
             is_map = tile >= V // COLS
             arrives = doc < open_left
-            leaves = closing != 1 and doc >= N1 - 1 - open_right
+            leaves = closing != 1 and doc >= N1 - 1 - open_right and mine[0] != 0
             out = doc - (N1 - 1 - open_right)
             writes = T.alloc_local((1,), i32)  # states below this segment are replaced
             writes[0] = count - 1
@@ -79,6 +102,8 @@ def scan():
             stop[0] = writes[0]
             if leaves:
                 stop[0] = count
+            if mine[0] == 0:
+                stop[0] = 0
 
             flags = T.alloc_shared((MOST_SEGMENTS,), i32)
             for x in T.serial(T.ceildiv(stop[0], 256)):

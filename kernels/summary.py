@@ -1,4 +1,4 @@
-"""Segment summaries, S_out = M S_in + S_ext: one CTA a (segment, value head, S_ext or M).
+"""Segment summaries, S_out = M S_in + S_ext: one CTA a (value head, segment, S_ext or M).
 
 The chain of recurrence.py without outputs, on 128 columns: for S_ext the value columns, from the
 state that enters (zero, or the initial state at a document's first segment, whose summary is then
@@ -14,7 +14,10 @@ Which work is done is decided on the device, a (segment, head) at a time:
     truncate        where the keys have unit norm and beta lies in [0, 1], |M| <= exp(sum of log
                     gates). Below 2^-24 (an fp32 state cannot show it) M is not computed and S_ext
                     starts at the first chunk from the end before which the gates decay that far.
-`live` says whether M was written. M leaves as two bf16 numbers, M = high + low, for scan.py.
+`live` says whether M was written, of the segments that are summarised. M leaves as two bf16 numbers,
+M = high + low, for scan.py. There are `blocks` CTAs at most for segments that are not the last of
+their document (common.py), and one more for each that is open on the right; times two, less `known`
+if the first segment is one that needs no M.
 """
 
 import tilelang
@@ -31,8 +34,9 @@ from .common import (
     PART,
     ROW,
     TARGET,
-    find_segment,
+    find_token,
     load_transposed,
+    place_segment,
     transposed_layout,
 )
 
@@ -65,8 +69,10 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
         truncate: T.int32,
         open_left: T.int32,
         open_right: T.int32,
+        blocks: T.int32,
+        known: T.int32,
     ):
-        with T.Kernel(2, Hv, NS, threads=384) as (kind, h, slot):
+        with T.Kernel(Hv, 2 * (blocks + open_right) - known, threads=384) as (h, job):
             T.import_source(MATRIX_COPIES)
             ks = T.alloc_shared((stages, C, K), dtype)
             as_ = T.alloc_shared((stages, C, C), dtype)
@@ -95,9 +101,24 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
             tx = T.get_thread_binding()
 
             at = T.alloc_local((7,), i32)
-            find_segment(cu, slot, segment, N1 - 1, bits, at)
+            maps_jobs = blocks + open_right - known
+            kind = T.if_then_else(job < maps_jobs, 1, 0)  # the longer ones first
+            item = T.if_then_else(job < maps_jobs, job + known, job - maps_jobs)
+            block = segment * CHUNK
+            token = (item + 1) * block - 1
+            if item < blocks:
+                find_token(cu, token, N1 - 1, bits, at)
+            else:
+                at[DOC] = N1 - 1 - open_right + item - blocks
+            begin, end = cu[at[DOC]], cu[at[DOC] + 1]
+            if item < blocks:
+                at[PART] = T.truncdiv(token - begin, block)
+            else:
+                at[PART] = T.max(T.truncdiv(end - begin + block - 1, block), 1) - 1
+            place_segment(begin, end, segment, at)
+            slot = T.truncdiv(begin, block) + at[DOC] + at[PART]
             begins = at[PART] == 0 and at[DOC] >= open_left
-            ends = at[PART] >= at[LAST] and at[DOC] < N1 - 1 - open_right
+            ends = item < blocks and at[PART] >= at[LAST]
             near = T.alloc_local((2,), i32)  # chunks that matter, and whether the state before does
             near[0] = at[COUNT]
             near[1] = 1
@@ -186,7 +207,7 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                     if at[COUNT] > 0 and not ends:
                         for x, y in T.Parallel(128, K):
                             states[slot, h, y, x] = S[x, y]
-                    if tx == 0:
+                    if tx == 0 and not ends:
                         live[slot, h] = near[1]
                 else:
                     if near[1] != 0 and at[COUNT] > 0:
