@@ -94,14 +94,17 @@ def _scan(opened: OpenForward, incoming, state, transition, *, documents, mode) 
     left, right, segment = opened.open_left, opened.open_right, opened.saved.plan.summarised
     few = left + right + (x.k.shape[0] - 1) // (2 * segment * CHUNK)
     listed = documents == x.documents and few < documents
+    jobs = few if listed else documents
+    tiles = tiles if transition is None else 2 * tiles
+    lanes = max(1, multiprocessors(external.device) // (tiles * opened.shape[-2]))
     ready(scan)(
         external, opened.maps, opened.live, x.cu,
         external if opened.initial is None else opened.initial,
         external if incoming is None else incoming,
         external if state is None else state,
         external if transition is None else transition,
-        segment, tiles if transition is None else 2 * tiles, few if listed else documents,
-        int(listed), x.bits, int(opened.initial is not None), left, right, mode,
+        segment, tiles, min(jobs, lanes), jobs, int(listed), x.bits,
+        int(opened.initial is not None), left, right, mode,
     )  # fmt: skip
 
 
@@ -163,11 +166,10 @@ def open_forward(
     live = torch.empty(count, value_heads, dtype=torch.int32, device=k.device)
     blocks = max(0, (tokens - 1) // (plan.summarised * CHUNK))  # that are not a document's last
     if summarised and blocks + open_right > 0:
-        known = blocks > 0 and open_left == 0 and x.documents == 1
         ready(summary, dtype=DTYPES[k.dtype], normalize=normalize)(
             x.k, x.v, a, gate, rnorm, x.cu, external if initial_state is None else initial_state,
             external, maps, live, plan.summarised, x.bits, int(initial_state is not None),
-            int(normalize or keys_normalized), open_left, open_right, blocks, int(known),
+            int(normalize or keys_normalized), open_left, open_right, blocks,
         )  # fmt: skip
     kept = maps, live
     if summarised and not plan.split and open_left == 0:  # their only use is to compose S_ext

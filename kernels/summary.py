@@ -1,4 +1,4 @@
-"""Segment summaries, S_out = M S_in + S_ext: one CTA a (value head, segment, S_ext or M).
+"""Segment summaries, S_out = M S_in + S_ext: one CTA a (segment, value head, S_ext or M).
 
 The chain of recurrence.py without outputs, on 128 columns: for S_ext the value columns, from the
 state that enters (zero, or the initial state at a document's first segment, whose summary is then
@@ -16,8 +16,7 @@ Which work is done is decided on the device, a (segment, head) at a time:
                     starts at the first chunk from the end before which the gates decay that far.
 `live` says whether M was written, of the segments that are summarised. M leaves as two bf16 numbers,
 M = high + low, for scan.py. There are `blocks` CTAs at most for segments that are not the last of
-their document (common.py), and one more for each that is open on the right; times two, less `known`
-if the first segment is one that needs no M.
+their document (common.py), and one more for each that is open on the right.
 """
 
 import tilelang
@@ -70,9 +69,8 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
         open_left: T.int32,
         open_right: T.int32,
         blocks: T.int32,
-        known: T.int32,
     ):
-        with T.Kernel(Hv, 2 * (blocks + open_right) - known, threads=384) as (h, job):
+        with T.Kernel(2, Hv, blocks + open_right, threads=384) as (kind, h, item):
             T.import_source(MATRIX_COPIES)
             ks = T.alloc_shared((stages, C, K), dtype)
             as_ = T.alloc_shared((stages, C, C), dtype)
@@ -101,9 +99,6 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
             tx = T.get_thread_binding()
 
             at = T.alloc_local((7,), i32)
-            maps_jobs = blocks + open_right - known
-            kind = T.if_then_else(job < maps_jobs, 1, 0)  # the longer ones first
-            item = T.if_then_else(job < maps_jobs, job + known, job - maps_jobs)
             block = segment * CHUNK
             token = (item + 1) * block - 1
             if item < blocks:
@@ -146,7 +141,7 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
 
             if tx < 256:
                 T.set_max_nreg(232, 1)
-                if kind == 1:
+                if kind == 1 and n[0] > 0:
                     for x in T.serial(stages * C * 64 // 1024):
                         for y in T.vectorized(8):
                             vs[
