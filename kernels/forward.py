@@ -24,7 +24,7 @@ from .common import CHUNK, slots
 from .inputs import DTYPES, KEY_DIM, Packed, check, check_states, pack
 from .launch import multiprocessors, ready
 from .opened import OpenForward, Saved
-from .plan import Plan, plan_segments
+from .plan import Plan, entire_jobs, plan_segments
 from .prepare import prepare
 from .recurrence import recurrence
 from .scan import COLUMNS, scan
@@ -130,10 +130,13 @@ def open_forward(
     live = torch.empty(count, value_heads, dtype=torch.int32, device=k.device)
     blocks = max(0, (tokens - 1) // (plan.summarised * CHUNK))  # that are not a document's last
     if summarised and blocks + open_right > 0:
+        known = int(blocks > 0 and open_left == 0 and x.documents == 1)
+        jobs = value_heads * (2 * (blocks + open_right) - known)
         ready(summary, dtype=DTYPES[k.dtype], normalize=normalize)(
             x.k, x.v, a, gate, rnorm, x.cu, external if initial_state is None else initial_state,
             external, maps, live, plan.summarised, x.bits, int(initial_state is not None),
-            int(normalize or keys_normalized), open_left, open_right, blocks,
+            int(normalize or keys_normalized), open_left, open_right, blocks, known, jobs,
+            entire_jobs(jobs, multiprocessors(k.device)),
         )  # fmt: skip
     kept = maps, live
     if summarised and not plan.split and open_left == 0:  # their only use is to compose S_ext

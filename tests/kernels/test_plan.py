@@ -30,6 +30,20 @@ def test_unequal_documents_are_always_cut():
     assert plan.split
 
 
+def test_packed_documents_of_usual_lengths_are_left_whole():
+    """Where the multiprocessors have enough to do: documents of 4,096 and 8,192 tokens."""
+    for heads, chunks in ((32, 64), (64, 128)):
+        plan = plan_module.plan_segments(32768, 8, heads, 128, packed=True, processors=132)
+        assert plan.segment == chunks
+
+
+def test_jobs_that_leave_multiprocessors_idle_are_halved():
+    assert plan_module.entire_jobs(160, 132) == 132
+    assert plan_module.entire_jobs(64, 132) == 0
+    for jobs in (96, 132, 232, 264):
+        assert plan_module.entire_jobs(jobs, 132) == jobs
+
+
 def test_a_shard_has_the_segments_of_the_whole_sequence():
     """From STEADY chunks on, so that two GPUs can give the bits of one."""
     for heads in (32, 40, 48, 64, 128):
