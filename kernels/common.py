@@ -9,6 +9,10 @@ of 64) are numbered without a prefix sum over documents: block j of document i l
 Slots of different documents never meet, because a document of n tokens needs at most
 floor(cu[i + 1] / B) - floor(cu[i] / B) + 1 of them, and there are total // B + N slots in all, a
 number known on the host from shapes alone. Slots that no document uses stay empty.
+
+Blocks that are not the last of their document are full: each holds one token whose number is B - 1
+modulo B, and there are at most (total - 1) // B of them. Work on such blocks alone is numbered by
+these tokens, and needs fewer CTAs than there are slots.
 """
 
 import tilelang
@@ -151,15 +155,32 @@ def find_document(cu, slot, block, documents, bits, doc):
 
 
 @T.macro
+def find_token(cu, token, documents, bits, doc):
+    """doc[0] <- the document that holds `token` (`bits` halvings)."""
+    doc[0] = 0
+    for step in T.serial(bits):
+        guess = doc[0] + (1 << (bits - 1 - step))
+        if guess < documents:
+            if cu[guess] <= token:
+                doc[0] = guess
+
+
+@T.macro
 def find_segment(cu, slot, segment, documents, bits, at):
     """Where a segment of `segment` chunks lies: see the names above. COUNT is 0 in an empty slot."""
     block = segment * CHUNK
     find_document(cu, slot, block, documents, bits, at)
     begin, end = cu[at[DOC]], cu[at[DOC] + 1]
-    chunks = T.truncdiv(end - begin + CHUNK - 1, CHUNK)
     at[PART] = slot - T.truncdiv(begin, block) - at[DOC]
+    place_segment(begin, end, segment, at)
+
+
+@T.macro
+def place_segment(begin, end, segment, at):
+    """The rest of `at` for segment PART of document DOC, tokens `begin` to `end` - 1."""
+    chunks = T.truncdiv(end - begin + CHUNK - 1, CHUNK)
     at[COUNT] = T.max(T.min(segment, chunks - at[PART] * segment), 0)
-    at[ROW] = begin + at[PART] * block
+    at[ROW] = begin + at[PART] * (segment * CHUNK)
     at[CHUNK_SLOT] = T.truncdiv(begin, CHUNK) + at[DOC] + at[PART] * segment
     at[END] = end
     at[LAST] = T.max(T.truncdiv(chunks + segment - 1, segment), 1) - 1

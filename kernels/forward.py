@@ -17,54 +17,18 @@ documents is found by the kernels.
 """
 
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 
 from .common import CHUNK, slots
 from .inputs import DTYPES, KEY_DIM, Packed, check, check_states, pack
 from .launch import multiprocessors, ready
-from .plan import Plan, plan_segments
+from .opened import OpenForward, Saved
+from .plan import Plan, entire_jobs, plan_segments
 from .prepare import prepare
 from .recurrence import recurrence
 from .scan import COLUMNS, scan
 from .summary import summary
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a backward needs beside the inputs: 132 bytes a token and value head, and 128 KiB a
-    segment and head. `a` and `gate` are read as they are; preparing them again would cost as much
-    time as writing and reading them, and nothing else of the forward is worth its bytes. Where no M
-    is needed any more `maps` and `live` are placeholders."""
-
-    a: torch.Tensor  # [NC, Hv, 64, 64], see prepare.py
-    gate: torch.Tensor  # [NC, Hv, 64] fp32
-    rnorm: torch.Tensor  # [NC, Hk, 64] fp32 if the kernels normalise, else a placeholder
-    states: torch.Tensor  # [NS, Hv, K, V] fp32: the state that leaves each segment but the last
-    cu_seqlens: torch.Tensor  # [N + 1] int32
-    maps: torch.Tensor  # [NM, Hv, 2, K, K] bf16: M of the summarised segments, high and low half
-    live: torch.Tensor  # [NM, Hv] int32: whether its M was written (summary.py)
-    plan: Plan
-
-
-@dataclass
-class OpenForward:
-    """A forward between open_forward and close_forward."""
-
-    packed: Packed
-    shape: tuple[int, ...]  # of v and o
-    initial: torch.Tensor | None
-    open_left: int
-    open_right: int
-    normalize: bool
-    saved: Saved
-    external: torch.Tensor  # [NM, Hv, K, V] fp32, S_ext of the summarised segments
-    maps: torch.Tensor  # Saved's, or larger ones that the backward does not need
-    live: torch.Tensor
-    summarised: bool
-    asked: bool = False  # for what leaves
-    pending: int = 0  # so many documents, the first ones, have no states of segments yet
 
 
 def _prepare(x: Packed, normalize: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,14 +55,20 @@ STARTS, CLOSES, PASSES = range(3)  # scan.py
 
 def _scan(opened: OpenForward, incoming, state, transition, *, documents, mode) -> None:
     x, external, tiles = opened.packed, opened.external, opened.shape[-1] // COLUMNS
+    left, right, segment = opened.open_left, opened.open_right, opened.saved.plan.summarised
+    few = left + right + (x.k.shape[0] - 1) // (2 * segment * CHUNK)
+    listed = documents == x.documents and few < documents
+    jobs = few if listed else documents
+    tiles = tiles if transition is None else 2 * tiles
+    lanes = max(1, multiprocessors(external.device) // (tiles * opened.shape[-2]))
     ready(scan)(
         external, opened.maps, opened.live, x.cu,
         external if opened.initial is None else opened.initial,
         external if incoming is None else incoming,
         external if state is None else state,
         external if transition is None else transition,
-        opened.saved.plan.summarised, tiles if transition is None else 2 * tiles, documents,
-        int(opened.initial is not None), opened.open_left, opened.open_right, mode,
+        segment, tiles, min(jobs, lanes), jobs, int(listed), x.bits,
+        int(opened.initial is not None), left, right, mode,
     )  # fmt: skip
 
 
@@ -158,11 +128,15 @@ def open_forward(
         count, value_heads, 2, KEY_DIM, KEY_DIM, dtype=torch.bfloat16, device=k.device
     )
     live = torch.empty(count, value_heads, dtype=torch.int32, device=k.device)
-    if summarised:
+    blocks = max(0, (tokens - 1) // (plan.summarised * CHUNK))  # that are not a document's last
+    if summarised and blocks + open_right > 0:
+        known = int(blocks > 0 and open_left == 0 and x.documents == 1)
+        jobs = value_heads * (2 * (blocks + open_right) - known)
         ready(summary, dtype=DTYPES[k.dtype], normalize=normalize)(
             x.k, x.v, a, gate, rnorm, x.cu, external if initial_state is None else initial_state,
             external, maps, live, plan.summarised, x.bits, int(initial_state is not None),
-            int(normalize or keys_normalized), open_left, open_right,
+            int(normalize or keys_normalized), open_left, open_right, blocks, known, jobs,
+            entire_jobs(jobs, multiprocessors(k.device)),
         )  # fmt: skip
     kept = maps, live
     if summarised and not plan.split and open_left == 0:  # their only use is to compose S_ext

@@ -95,5 +95,14 @@ def plan_segments(
     if packed:  # lengths differ: cut whatever exceeds half of a multiprocessor's share
         share = ceil(tokens / CHUNK * value_heads * tiles / plan.halves / processors)
         longest = max(plan.segment, ceil(share / 2), min(share, WHOLE))
+        if longest > WHOLE:  # nor should a document of 128 chunks lose its last three
+            longest = ceil(longest / WHOLE) * WHOLE
         plan = Plan(longest, plan.halves, True)
     return plan
+
+
+def entire_jobs(jobs: int, processors: int) -> int:
+    """So many chains of a summary get a CTA of their own. The others, which would leave half of the
+    multiprocessors without work, get one for each half of their columns."""
+    rest = jobs % processors
+    return jobs - rest if 2 * rest <= processors else jobs

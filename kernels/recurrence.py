@@ -31,7 +31,6 @@ import tilelang.language as T
 
 from .common import (
     CHUNK,
-    CHUNK_SLOT,
     COUNT,
     DOC,
     END,
@@ -46,6 +45,7 @@ from .common import (
     store_transposed,
     transposed_layout,
 )
+from .recurrence_roles import auxiliary, producer, storer
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -55,7 +55,6 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
     turns = halves == 2
     ahead = halves == 1  # there are registers for it
     stages = 4 if halves == 1 else 3
-    at_once = ahead or not normalize
     registers = (208, 72) if halves == 2 else (240, 120)
     BV = HALF * halves
     tiles = value_dim // BV
@@ -66,21 +65,6 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     N0, NT, NR = T.dynamic("N0"), T.dynamic("NT"), T.dynamic("NR")
     NI = T.dynamic("NI")
-
-    @T.macro
-    def store_output(os_, o, half, row, chunks, h, tile, staged, stored):
-        for c in T.serial(chunks):
-            T.mbarrier_wait_parity(staged[half], c % 2)
-            T.tma_copy(
-                os_[half * C : half * C + C, :],
-                o[
-                    row + c * C : row + c * C + C,
-                    h,
-                    tile * BV + half * HALF : tile * BV + half * HALF + HALF,
-                ],
-            )
-            T.tma_store_wait()
-            T.mbarrier_arrive(stored[half])
 
     @T.macro
     def leave(Ob, os_, staged, stored, c, tx):
@@ -104,6 +88,9 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
     def pass_turn(tx):
         if turns:
             T.call_extern("handle", "gdn::pass_turn", tx // 128)
+
+    make_products = auxiliary(stages=stages, ahead=ahead, normalize=normalize, dtype=dtype)
+    load = producer(stages=stages, halves=halves, normalize=normalize)
 
     @T.prim_func
     def main(
@@ -139,10 +126,9 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
             eout = T.alloc_shared((2, C), f32)
             eq = T.alloc_shared((2, C), f32)
             es = T.alloc_shared((2,), f32)
-            if normalize:
-                rs = T.alloc_shared((stages, C), f32)
-                rq = T.alloc_shared((2, C), f32)
-                square = T.alloc_local((1,), f32)
+            rs = T.alloc_shared((stages, C), f32) if normalize else None
+            rq = T.alloc_shared((2, C), f32) if normalize else None
+            square = T.alloc_local((1,), f32) if normalize else None
 
             S = T.alloc_fragment((BV, K), f32)
             Sb = T.alloc_fragment((BV, K), dtype)
@@ -329,110 +315,23 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
             else:
                 if tx < movers:
                     T.set_max_nreg(registers[1], 0)
-                    t = tx - workers
-                    for c in T.serial(n):
-                        s = c % stages
-                        b = c % 2
-                        T.mbarrier_wait_parity(full[s], (c // stages) % 2)
-                        if at_once:
-                            T.wgmma_gemm(
-                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                            )
-                        if normalize:
-                            square[0] = T.call_extern(
-                                f32,
-                                "gdn::square_sum",
-                                T.access_ptr(qs[s, t // 2, t % 2 * (K // 2)], "r"),
-                                dtype == "float16",
-                            )
-                            square[0] += T.shfl_xor(square[0], 1)
-                            rq[b, t // 2] = scale * T.rsqrt(square[0] + 1e-6)
-                            T.call_extern("handle", "gdn::wait_named", 3)
-                        if ahead:  # while the product runs
-                            for x, y in T.Parallel(C, C):
-                                D[x, y] = T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                            if normalize:
-                                for x, y in T.Parallel(C, C):
-                                    D[x, y] *= rq[b, x] * rs[s, y]
-                            else:
-                                for x, y in T.Parallel(C, C):
-                                    D[x, y] *= scale
-                            for x, y in T.Parallel(C, C):
-                                D[x, y] = T.if_then_else(x >= y, D[x, y], 0.0)
-                        T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
-                        if t < C:
-                            G = gs[s, t]
-                            if normalize:
-                                ein[b, t] = T.exp2(G) * rs[s, t]
-                                eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
-                                eq[b, t] = T.exp2(G) * rq[b, t]
-                            else:
-                                if t == C - 1:
-                                    es[b] = T.exp2(G)
-                                ein[b, t] = T.exp2(G)
-                                eout[b, t] = T.exp2(gs[s, C - 1] - G)
-                                eq[b, t] = T.exp2(G) * scale
-                        if not at_once:
-                            T.wgmma_gemm(
-                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                            )
-                        T.wait_wgmma(0)
-                        if ahead:
-                            for x, y in T.Parallel(C, C):
-                                P[x, y] *= D[x, y]
-                        else:
-                            # the mask comes after the arithmetic: branches here cost more than exps
-                            for x, y in T.Parallel(C, C):
-                                P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                            if normalize:
-                                for x, y in T.Parallel(C, C):
-                                    P[x, y] *= rq[b, x] * rs[s, y]
-                            else:
-                                for x, y in T.Parallel(C, C):
-                                    P[x, y] *= scale
-                            for x, y in T.Parallel(C, C):
-                                P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
-                        T.copy(P, Pb)
-                        T.copy(Pb, ps[b * C : (b + 1) * C, :])
-                        T.fence_proxy_async()
-                        if normalize:  # rq is read before the next chunk writes it
-                            T.call_extern("handle", "gdn::wait_named", 3)
-                        T.mbarrier_arrive(ready[b])
-                        T.mbarrier_arrive(empty[s])
+                    make_products(
+                        qs, ks, gs, rs, ps, ein, eout, eq, es, rq, square, P, Pb, D, full, empty,
+                        ready, spent, n, tx - workers, scale,
+                    )  # fmt: skip
                 else:
                     T.set_max_nreg(24, 0)
                     full_chunks = T.if_then_else(row + n * C <= at[END], n, n - 1)
                     if tx < movers + 32:
                         hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
-                        for c in T.serial(n):
-                            s = c % stages
-                            r0 = row + c * C
-                            T.mbarrier_wait_parity(empty[s], (c // stages) % 2 ^ 1)
-                            T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
-                            T.tma_copy(q[r0 : r0 + C, hk, :], qs[s, :, :], barrier=full[s])
-                            T.tma_copy(gate[at[CHUNK_SLOT] + c, h, :], gs[s, :], barrier=full[s])
-                            if normalize:
-                                T.tma_copy(
-                                    rnorm[at[CHUNK_SLOT] + c, hk, :], rs[s, :], barrier=full[s]
-                                )
-                            T.tma_copy(
-                                a[at[CHUNK_SLOT] + c, h, :, :], as_[s, :, :], barrier=full[s]
-                            )
-                            for half in range(halves):
-                                T.tma_copy(
-                                    v[
-                                        r0 : r0 + C,
-                                        h,
-                                        tile * BV + half * HALF : tile * BV + (half + 1) * HALF,
-                                    ],
-                                    vs[(s * halves + half) * C : (s * halves + half + 1) * C, :],
-                                    barrier=full[s],
-                                )
-                            T.mbarrier_arrive(full[s])
+                        load(
+                            q, k, v, a, gate, rnorm, qs, ks, vs, as_, gs, rs, full, empty, n, row,
+                            at, h, hk, tile * BV,
+                        )  # fmt: skip
                     elif tx < movers + 64:
-                        store_output(os_, o, 0, row, full_chunks, h, tile, staged, stored)
+                        storer(os_, o, 0, row, full_chunks, h, tile * BV, staged, stored)
                     elif tx < movers + 96:
                         if halves == 2:
-                            store_output(os_, o, 1, row, full_chunks, h, tile, staged, stored)
+                            storer(os_, o, 1, row, full_chunks, h, tile * BV, staged, stored)
 
     return main

@@ -1,8 +1,12 @@
-"""Scan over segments, S_s = M_s S_{s-1} + S_ext,s: one CTA a (document, value head, 32 columns).
+"""Scan over segments, S_s = M_s S_{s-1} + S_ext,s: one CTA a (value head, 32 columns), or `lanes`.
+
+A CTA takes one of the `jobs` documents after another. `listed`: only those that are open on the left,
+those open on the right, and those that hold a token whose number is -1 modulo two segments, among
+them all of three segments and more; the others need no scan.
 
 States stay fp32. M and the state enter the products as two bf16 numbers each, x = high + low: the
-three wgmmas [128, 128] x [128, 32] of a step are good to 2^-16. The next M is on its way while a
-step runs. A segment whose M vanished (live = 0) needs no step.
+three wgmmas [128, 128] x [128, 32] of a step are good to 2^-16. The next Ms are on their way while
+a step runs. A segment whose M vanished (live = 0) needs no step.
 
     closing = 1   before the main pass, in place: states[s] becomes the state that leaves segment s.
                   A document's first one is exact already, unless the document is among the first
@@ -16,10 +20,11 @@ step runs. A segment whose M vanished (live = 0) needs no step.
 import tilelang
 import tilelang.language as T
 
-from .common import CHUNK, FLAGS, TARGET
+from .common import CHUNK, FLAGS, TARGET, find_token
 
 MOST_SEGMENTS = 4096  # of a document
 COLUMNS = 32
+STAGES = 3
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -47,148 +52,180 @@ def scan():
         total_map: T.Tensor((NM, Hv, K, K), f32),
         segment: T.int32,
         tiles: T.int32,
-        documents: T.int32,
+        lanes: T.int32,
+        jobs: T.int32,
+        listed: T.int32,
+        bits: T.int32,
         has_initial: T.int32,
         open_left: T.int32,
         open_right: T.int32,
         closing: T.int32,
     ):
-        with T.Kernel(tiles, Hv, documents, threads=256) as (tile, h, doc):
-            Ms = T.alloc_shared((4, K, K), bf16)  # [stage * 2 + (high, low)]
+        with T.Kernel(tiles, Hv, lanes, threads=256) as (tile, h, lane):
+            Ms = T.alloc_shared((2 * STAGES, K, K), bf16)  # [stage * 2 + (high, low)]
             Ss = T.alloc_shared((2, COLS, K), bf16)
             acc = T.alloc_fragment((K, COLS), f32)
             S = T.alloc_fragment((K, COLS), f32)
-            full = T.alloc_barrier([256] * 2)
+            full = T.alloc_barrier([256] * STAGES)
             tx = T.get_thread_binding()
             block = segment * CHUNK
-            begin, end = cu[doc], cu[doc + 1]
-            first = T.truncdiv(begin, block) + doc
-            count = T.truncdiv(end - begin + block - 1, block)
-            column = tile % (V // COLS) * COLS
-            is_map = tile >= V // COLS
-            arrives = doc < open_left
-            leaves = closing != 1 and doc >= N1 - 1 - open_right
-            out = doc - (N1 - 1 - open_right)
-            writes = T.alloc_local((1,), i32)  # states below this segment are replaced
-            writes[0] = count - 1
-            if is_map or (arrives and closing == 0):
-                writes[0] = 0
-            # the steps are segments start .. stop - 1
-            start = T.if_then_else(arrives and closing != 0, 0, 1)
-            stop = T.alloc_local((1,), i32)
-            stop[0] = writes[0]
-            if leaves:
-                stop[0] = count
-
+            # live, and twice the number of the i-th segment with a product
             flags = T.alloc_shared((MOST_SEGMENTS,), i32)
-            for x in T.serial(T.ceildiv(stop[0], 256)):
-                if x * 256 + tx < stop[0]:
-                    flags[x * 256 + tx] = live[first + x * 256 + tx, h]
-            used = T.alloc_local((1,), i32)  # products so far; they alternate between two stages
-            used[0] = 0
+            which = T.alloc_local((1,), i32)
+            mine = T.alloc_local((1,), i32)  # else another CTA's
+            writes = T.alloc_local((1,), i32)  # states below this segment are replaced
+            stop = T.alloc_local((1,), i32)
+            used = T.alloc_local((1,), i32)  # products so far
             held = T.alloc_local((1,), i32)  # whether S is in registers
-            held[0] = 0
-            T.clear(S)
-            T.sync_threads()
-            if start == 0:
-                held[0] = 1
-                for x, y in T.Parallel(K, COLS):
-                    S[x, y] = incoming[doc, h, x, column + y]
-            if is_map and count > 0:
-                if flags[0] != 0:
-                    held[0] = 1
-                    for x, y in T.Parallel(K, COLS):
-                        S[x, y] = T.cast(maps[first, h, 0, x, column + y], f32) + T.cast(
-                            maps[first, h, 1, x, column + y], f32
-                        )
-                for x in T.serial(stop[0]):  # one M that vanished, and so does the product
-                    if flags[x] == 0:
-                        held[0] = 0
-                if held[0] == 0:
+            base = T.alloc_local((1,), i32)  # products of the documents before
+            products = T.alloc_local((1,), i32)
+            used[0] = 0
+            for turn in T.serial(T.ceildiv(jobs - lane, lanes)):
+                job = lane + turn * lanes
+                which[0] = job
+                token = (job - open_left - open_right + 1) * 2 * block - 1
+                if listed != 0 and job >= open_left:
+                    if job < open_left + open_right:
+                        which[0] = N1 - 1 - open_right + job - open_left
+                    else:
+                        find_token(cu, token, N1 - 1, bits, which)
+                doc = which[0]
+                begin, end = cu[doc], cu[doc + 1]
+                mine[0] = 1
+                if listed != 0 and job >= open_left:
+                    if doc < open_left:
+                        mine[0] = 0
+                    elif job >= open_left + open_right:
+                        if doc >= N1 - 1 - open_right or token - begin >= 2 * block:
+                            mine[0] = 0
+                first = T.truncdiv(begin, block) + doc
+                count = T.truncdiv(end - begin + block - 1, block)
+                column = tile % (V // COLS) * COLS
+                is_map = tile >= V // COLS
+                arrives = doc < open_left
+                leaves = closing != 1 and doc >= N1 - 1 - open_right and mine[0] != 0
+                out = doc - (N1 - 1 - open_right)
+                writes[0] = count - 1
+                if is_map or (arrives and closing == 0):
+                    writes[0] = 0
+                # the steps are segments start .. stop - 1
+                start = T.if_then_else(arrives and closing != 0, 0, 1)
+                stop[0] = writes[0]
+                if leaves:
+                    stop[0] = count
+                if mine[0] == 0:
                     stop[0] = 0
-            if stop[0] > start:
-                if flags[start] != 0:
-                    fetch(maps, first + start, h, 0, Ms, full)
-            for step in T.serial(T.max(stop[0] - start, 0)):
-                s = start + step
-                slot = first + s
-                stage = used[0] % 2
-                if flags[s] != 0:
-                    if s + 1 < stop[0]:
-                        if flags[s + 1] != 0:
-                            fetch(maps, slot + 1, h, 1 - stage, Ms, full)
-                    if held[0] == 0:
-                        for x, y in T.Parallel(K, COLS):
-                            S[x, y] = states[slot - 1, h, x, column + y]
-                    for x, y in T.Parallel(K, COLS):
-                        high = T.cast(S[x, y], bf16)
-                        Ss[0, y, x] = high
-                        Ss[1, y, x] = T.cast(S[x, y] - T.cast(high, f32), bf16)
-                    T.fence_proxy_async()
-                    T.sync_threads()
-                    if is_map:
-                        T.clear(S)
-                    else:
-                        for x, y in T.Parallel(K, COLS):
-                            S[x, y] = states[slot, h, x, column + y]
-                    T.mbarrier_wait_parity(full[stage], used[0] // 2 % 2)
-                    T.wgmma_gemm(
-                        Ms[2 * stage + 1, :, :],
-                        Ss[0, :, :],
-                        acc,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    T.wgmma_gemm(
-                        Ms[2 * stage, :, :],
-                        Ss[1, :, :],
-                        acc,
-                        transpose_B=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    T.wgmma_gemm(
-                        Ms[2 * stage, :, :],
-                        Ss[0, :, :],
-                        acc,
-                        transpose_B=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    T.wait_wgmma(0)
-                    for x, y in T.Parallel(K, COLS):
-                        S[x, y] += acc[x, y]
-                    if s < writes[0]:
-                        for x, y in T.Parallel(K, COLS):
-                            states[slot, h, x, column + y] = S[x, y]
-                    T.sync_threads()
-                    used[0] += 1
+
+                for x in T.serial(T.ceildiv(stop[0], 256)):
+                    if x * 256 + tx < stop[0]:
+                        flags[x * 256 + tx] = live[first + x * 256 + tx, h]
+                base[0] = used[0]
+                held[0] = 0
+                T.clear(S)
+                T.sync_threads()
+                if start == 0:
                     held[0] = 1
-                else:
-                    held[0] = 0
-                    if s + 1 < stop[0]:
-                        if flags[s + 1] != 0:
-                            fetch(maps, slot + 1, h, stage, Ms, full)
-            if leaves:
-                if held[0] == 0:
-                    if count == 0:  # nothing happens to the state
-                        T.clear(S)
-                        if is_map:
-                            if arrives:
-                                for x, y in T.Parallel(K, COLS):
-                                    S[x, y] = T.if_then_else(x == column + y, 1.0, 0.0)
-                        elif has_initial != 0 and not arrives:
+                    for x, y in T.Parallel(K, COLS):
+                        S[x, y] = incoming[doc, h, x, column + y]
+                if is_map and count > 0:
+                    if flags[0] % 2 != 0:
+                        held[0] = 1
+                        for x, y in T.Parallel(K, COLS):
+                            S[x, y] = T.cast(maps[first, h, 0, x, column + y], f32) + T.cast(
+                                maps[first, h, 1, x, column + y], f32
+                            )
+                    for x in T.serial(stop[0]):  # one M that vanished, and so does the product
+                        if flags[x] % 2 == 0:
+                            held[0] = 0
+                    if held[0] == 0:
+                        stop[0] = 0
+                products[0] = 0
+                for x in T.serial(T.max(stop[0] - start, 0)):
+                    if flags[start + x] % 2 != 0:
+                        if tx == 0:
+                            flags[products[0]] += 2 * (start + x)
+                        products[0] += 1
+                T.sync_threads()
+                for x in T.serial(T.min(products[0], STAGES)):
+                    fetch(maps, first + flags[x] // 2, h, (base[0] + x) % STAGES, Ms, full)
+                for step in T.serial(T.max(stop[0] - start, 0)):
+                    s = start + step
+                    slot = first + s
+                    stage = used[0] % STAGES
+                    if flags[s] % 2 != 0:
+                        if held[0] == 0:
                             for x, y in T.Parallel(K, COLS):
-                                S[x, y] = initial[doc, h, x, column + y]
-                    elif is_map:
-                        T.clear(S)
+                                S[x, y] = states[slot - 1, h, x, column + y]
+                        for x, y in T.Parallel(K, COLS):
+                            high = T.cast(S[x, y], bf16)
+                            Ss[0, y, x] = high
+                            Ss[1, y, x] = T.cast(S[x, y] - T.cast(high, f32), bf16)
+                        T.fence_proxy_async()
+                        T.sync_threads()
+                        if is_map:
+                            T.clear(S)
+                        else:
+                            for x, y in T.Parallel(K, COLS):
+                                S[x, y] = states[slot, h, x, column + y]
+                        T.mbarrier_wait_parity(full[stage], used[0] // STAGES % 2)
+                        T.wgmma_gemm(
+                            Ms[2 * stage + 1, :, :],
+                            Ss[0, :, :],
+                            acc,
+                            transpose_B=True,
+                            clear_accum=True,
+                            policy=T.GemmWarpPolicy.FullRow,
+                        )
+                        T.wgmma_gemm(
+                            Ms[2 * stage, :, :],
+                            Ss[1, :, :],
+                            acc,
+                            transpose_B=True,
+                            policy=T.GemmWarpPolicy.FullRow,
+                        )
+                        T.wgmma_gemm(
+                            Ms[2 * stage, :, :],
+                            Ss[0, :, :],
+                            acc,
+                            transpose_B=True,
+                            policy=T.GemmWarpPolicy.FullRow,
+                        )
+                        T.wait_wgmma(0)
+                        for x, y in T.Parallel(K, COLS):
+                            S[x, y] += acc[x, y]
+                        if s < writes[0]:
+                            for x, y in T.Parallel(K, COLS):
+                                states[slot, h, x, column + y] = S[x, y]
+                        T.sync_threads()
+                        ahead = used[0] - base[0] + STAGES
+                        if ahead < products[0]:
+                            fetch(maps, first + flags[ahead] // 2, h, stage, Ms, full)
+                        used[0] += 1
+                        held[0] = 1
+                    else:
+                        held[0] = 0
+                if leaves:
+                    if held[0] == 0:
+                        if count == 0:  # nothing happens to the state
+                            T.clear(S)
+                            if is_map:
+                                if arrives:
+                                    for x, y in T.Parallel(K, COLS):
+                                        S[x, y] = T.if_then_else(x == column + y, 1.0, 0.0)
+                            elif has_initial != 0 and not arrives:
+                                for x, y in T.Parallel(K, COLS):
+                                    S[x, y] = initial[doc, h, x, column + y]
+                        elif is_map:
+                            T.clear(S)
+                        else:
+                            for x, y in T.Parallel(K, COLS):
+                                S[x, y] = states[first + count - 1, h, x, column + y]
+                    if is_map:
+                        for x, y in T.Parallel(K, COLS):
+                            total_map[out, h, x, column + y] = S[x, y]
                     else:
                         for x, y in T.Parallel(K, COLS):
-                            S[x, y] = states[first + count - 1, h, x, column + y]
-                if is_map:
-                    for x, y in T.Parallel(K, COLS):
-                        total_map[out, h, x, column + y] = S[x, y]
-                else:
-                    for x, y in T.Parallel(K, COLS):
-                        total_state[out, h, x, column + y] = S[x, y]
+                            total_state[out, h, x, column + y] = S[x, y]
+                T.sync_threads()  # flags are read
 
     return main

@@ -14,7 +14,13 @@ Which work is done is decided on the device, a (segment, head) at a time:
     truncate        where the keys have unit norm and beta lies in [0, 1], |M| <= exp(sum of log
                     gates). Below 2^-24 (an fp32 state cannot show it) M is not computed and S_ext
                     starts at the first chunk from the end before which the gates decay that far.
-`live` says whether M was written. M leaves as two bf16 numbers, M = high + low, for scan.py.
+`live` says whether M was written, of the segments that are summarised. M leaves as two bf16 numbers,
+M = high + low, for scan.py.
+
+At most `blocks` segments are not the last of their document (common.py); those that are open on the
+right are one more each, and each is two jobs a head, but for `known` first ones that need no M. Jobs
+from `entire` on have a CTA for either half of their columns: where few are left when all
+multiprocessors have had one, they take two thirds of the time so.
 """
 
 import tilelang
@@ -31,8 +37,9 @@ from .common import (
     PART,
     ROW,
     TARGET,
-    find_segment,
+    find_token,
     load_transposed,
+    place_segment,
     transposed_layout,
 )
 
@@ -65,8 +72,12 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
         truncate: T.int32,
         open_left: T.int32,
         open_right: T.int32,
+        blocks: T.int32,
+        known: T.int32,
+        jobs: T.int32,
+        entire: T.int32,
     ):
-        with T.Kernel(2, Hv, NS, threads=384) as (kind, h, slot):
+        with T.Kernel(2 * jobs - entire, threads=384) as cta:
             T.import_source(MATRIX_COPIES)
             ks = T.alloc_shared((stages, C, K), dtype)
             as_ = T.alloc_shared((stages, C, C), dtype)
@@ -94,10 +105,32 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
             empty = T.alloc_barrier([256] * stages)
             tx = T.get_thread_binding()
 
+            place = T.alloc_local((3,), i32)  # job, the half of its columns or -1, past `known`
+            place[0] = cta
+            place[1] = -1
+            if cta >= entire:
+                place[0] = entire + T.truncdiv(cta - entire, 2)
+                place[1] = T.truncmod(cta - entire, 2)
+            place[2] = place[0] - known * Hv
+            kind = T.if_then_else(place[2] < 0, 0, T.truncmod(place[2], 2))
+            h = T.if_then_else(place[2] < 0, place[0], T.truncmod(T.truncdiv(place[2], 2), Hv))
+            item = T.if_then_else(place[2] < 0, 0, known + T.truncdiv(place[2], 2 * Hv))
             at = T.alloc_local((7,), i32)
-            find_segment(cu, slot, segment, N1 - 1, bits, at)
+            block = segment * CHUNK
+            token = (item + 1) * block - 1
+            if item < blocks:
+                find_token(cu, token, N1 - 1, bits, at)
+            else:
+                at[DOC] = N1 - 1 - open_right + item - blocks
+            begin, end = cu[at[DOC]], cu[at[DOC] + 1]
+            if item < blocks:
+                at[PART] = T.truncdiv(token - begin, block)
+            else:
+                at[PART] = T.max(T.truncdiv(end - begin + block - 1, block), 1) - 1
+            place_segment(begin, end, segment, at)
+            slot = T.truncdiv(begin, block) + at[DOC] + at[PART]
             begins = at[PART] == 0 and at[DOC] >= open_left
-            ends = at[PART] >= at[LAST] and at[DOC] < N1 - 1 - open_right
+            ends = item < blocks and at[PART] >= at[LAST]
             near = T.alloc_local((2,), i32)  # chunks that matter, and whether the state before does
             near[0] = at[COUNT]
             near[1] = 1
@@ -125,75 +158,85 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
 
             if tx < 256:
                 T.set_max_nreg(232, 1)
-                if kind == 1:
-                    for x in T.serial(stages * C * 64 // 1024):
-                        for y in T.vectorized(8):
-                            vs[
-                                (x // (C // 16) * 2 + tx // 128) * C
-                                + x % (C // 16) * 16
-                                + tx % 128 // 8,
-                                tx % 8 * 8 + y,
-                            ] = 0
-                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    for x, y in T.Parallel(128, K):
-                        S[x, y] = T.if_then_else(x == y, 1.0, 0.0)
+                if place[1] < 0 or place[1] == tx // 128:
+                    if kind == 1 and n[0] > 0:
+                        for x in T.serial(stages * C * 64 // 1024):
+                            for y in T.vectorized(8):
+                                vs[
+                                    (x // (C // 16) * 2 + tx // 128) * C
+                                    + x % (C // 16) * 16
+                                    + tx % 128 // 8,
+                                    tx % 8 * 8 + y,
+                                ] = 0
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                        for x, y in T.Parallel(128, K):
+                            S[x, y] = T.if_then_else(x == y, 1.0, 0.0)
+                    else:
+                        T.clear(S)
+                        if has_initial != 0 and begins and first == 0:
+                            for x, y in T.Parallel(128, K):
+                                S[x, y] = initial[at[DOC], h, y, x]
+                    if n[0] > 0:
+                        T.mbarrier_wait_parity(scaled[0], 0)
+                    for c in T.serial(n[0]):
+                        s = c % stages
+                        gamma = es[s]
+                        T.copy(S, Sb)
+                        for x, y in T.Parallel(128, K):
+                            S[x, y] *= gamma
+                        T.wgmma_gemm(
+                            Sb,
+                            ks[s, :, :],
+                            U,
+                            transpose_B=True,
+                            clear_accum=True,
+                            policy=T.GemmWarpPolicy.FullRow,
+                        )
+                        load_transposed(vs, (s * 2 + tx // 128) * C, Vb, tx)
+                        for x, y in T.Parallel(128, C):
+                            E[x, y] = ein[s, y]
+                        T.wait_wgmma(0)
+                        for x, y in T.Parallel(128, C):
+                            Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
+                        T.wgmma_gemm(
+                            Ub,
+                            as_[s, :, :],
+                            W,
+                            transpose_B=True,
+                            clear_accum=True,
+                            policy=T.GemmWarpPolicy.FullRow,
+                        )
+                        for x, y in T.Parallel(128, C):
+                            F[x, y] = eout[s, y]
+                        T.wait_wgmma(0)
+                        for x, y in T.Parallel(128, C):
+                            Wd[x, y] = W[x, y] * F[x, y]
+                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                        if c + 1 < n[0]:
+                            T.mbarrier_wait_parity(
+                                scaled[(c + 1) % stages], ((c + 1) // stages) % 2
+                            )
+                        T.wait_wgmma(0)
+                        T.mbarrier_arrive(empty[s])
+                    if kind == 0:
+                        if at[COUNT] > 0 and not ends:
+                            for x, y in T.Parallel(128, K):
+                                states[slot, h, y, x] = S[x, y]
+                        if tx == 0 and not ends:
+                            live[slot, h] = near[1]
+                    else:
+                        if near[1] != 0 and at[COUNT] > 0:
+                            for x, y in T.Parallel(128, K):
+                                high = T.cast(S[x, y], "bfloat16")
+                                maps[slot, h, 0, y, x] = high
+                                maps[slot, h, 1, y, x] = T.cast(
+                                    S[x, y] - T.cast(high, f32), "bfloat16"
+                                )
                 else:
-                    T.clear(S)
-                    if has_initial != 0 and begins and first == 0:
-                        for x, y in T.Parallel(128, K):
-                            S[x, y] = initial[at[DOC], h, y, x]
-                if n[0] > 0:
-                    T.mbarrier_wait_parity(scaled[0], 0)
-                for c in T.serial(n[0]):
-                    s = c % stages
-                    gamma = es[s]
-                    T.copy(S, Sb)
-                    for x, y in T.Parallel(128, K):
-                        S[x, y] *= gamma
-                    T.wgmma_gemm(
-                        Sb,
-                        ks[s, :, :],
-                        U,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    load_transposed(vs, (s * 2 + tx // 128) * C, Vb, tx)
-                    for x, y in T.Parallel(128, C):
-                        E[x, y] = ein[s, y]
-                    T.wait_wgmma(0)
-                    for x, y in T.Parallel(128, C):
-                        Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
-                    T.wgmma_gemm(
-                        Ub,
-                        as_[s, :, :],
-                        W,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    for x, y in T.Parallel(128, C):
-                        F[x, y] = eout[s, y]
-                    T.wait_wgmma(0)
-                    for x, y in T.Parallel(128, C):
-                        Wd[x, y] = W[x, y] * F[x, y]
-                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
-                    if c + 1 < n[0]:
-                        T.mbarrier_wait_parity(scaled[(c + 1) % stages], ((c + 1) // stages) % 2)
-                    T.wait_wgmma(0)
-                    T.mbarrier_arrive(empty[s])
-                if kind == 0:
-                    if at[COUNT] > 0 and not ends:
-                        for x, y in T.Parallel(128, K):
-                            states[slot, h, y, x] = S[x, y]
-                    if tx == 0:
-                        live[slot, h] = near[1]
-                else:
-                    if near[1] != 0 and at[COUNT] > 0:
-                        for x, y in T.Parallel(128, K):
-                            high = T.cast(S[x, y], "bfloat16")
-                            maps[slot, h, 0, y, x] = high
-                            maps[slot, h, 1, y, x] = T.cast(S[x, y] - T.cast(high, f32), "bfloat16")
+                    for c in T.serial(n[0]):
+                        s = c % stages
+                        T.mbarrier_wait_parity(scaled[s], (c // stages) % 2)
+                        T.mbarrier_arrive(empty[s])
             else:
                 T.set_max_nreg(40, 0)
                 if tx < 288:
@@ -209,11 +252,12 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                         T.tma_copy(a[chunk + c, h, :, :], as_[s, :, :], barrier=full[s])
                         if kind == 0:
                             for half in range(2):
-                                T.tma_copy(
-                                    v[r0 : r0 + C, h, half * 64 : half * 64 + 64],
-                                    vs[(s * 2 + half) * C : (s * 2 + half + 1) * C, :],
-                                    barrier=full[s],
-                                )
+                                if place[1] != 1 - half:
+                                    T.tma_copy(
+                                        v[r0 : r0 + C, h, half * 64 : half * 64 + 64],
+                                        vs[(s * 2 + half) * C : (s * 2 + half + 1) * C, :],
+                                        barrier=full[s],
+                                    )
                         T.mbarrier_arrive(full[s])
                 else:
                     if tx >= 320:

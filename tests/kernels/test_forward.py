@@ -135,6 +135,22 @@ def test_summary_has_the_bits_of_the_main_pass(kernels, halves, normalize):
     assert torch.equal(final, state)
 
 
+def test_summaries_in_halves_have_the_same_bits(kernels, monkeypatch):
+    """Whether one CTA takes all columns of a chain or two take half of them each."""
+    x = draw([1000], 2, 4, gates="mixed", initial=True, device="cuda")
+
+    def run(entire):
+        monkeypatch.setattr(kernels, "entire_jobs", lambda jobs, processors: min(jobs, entire))
+        return kernels.chunk_gdn_forward(
+            x.q, x.k, x.v, x.g, x.beta, initial_state=x.initial, output_final_state=True,
+            keys_normalized=True, plan=plan(kernels, 3, 2),
+        )[:2]  # fmt: skip
+
+    whole = run(1000)
+    for entire in (0, 17):
+        assert all(torch.equal(a, b) for a, b in zip(run(entire), whole, strict=True))
+
+
 def test_no_host_synchronisation_and_graph_capture(kernels):
     torch.use_deterministic_algorithms(False)
     x = draw([700, 64, 300], 2, 4, gates="mixed", initial=True, device="cuda")

@@ -30,6 +30,20 @@ def test_unequal_documents_are_always_cut():
     assert plan.split
 
 
+def test_packed_documents_of_usual_lengths_are_left_whole():
+    """Where the multiprocessors have enough to do: documents of 4,096 and 8,192 tokens."""
+    for heads, chunks in ((32, 64), (64, 128)):
+        plan = plan_module.plan_segments(32768, 8, heads, 128, packed=True, processors=132)
+        assert plan.segment == chunks
+
+
+def test_jobs_that_leave_multiprocessors_idle_are_halved():
+    assert plan_module.entire_jobs(160, 132) == 132
+    assert plan_module.entire_jobs(64, 132) == 0
+    for jobs in (96, 132, 232, 264):
+        assert plan_module.entire_jobs(jobs, 132) == jobs
+
+
 def test_a_shard_has_the_segments_of_the_whole_sequence():
     """From STEADY chunks on, so that two GPUs can give the bits of one."""
     for heads in (32, 40, 48, 64, 128):
@@ -54,13 +68,18 @@ def test_rows_of_a_batch_are_not_run_in_parts():
     assert not plan.split and plan.segment == 1024
 
 
-@pytest.mark.parametrize("block", [64, 256])
-def test_slots_of_documents_never_meet(block):
+def packed_offsets():
     rng = random.Random(0)
     for _ in range(200):
         offsets = [0]
         for _ in range(rng.randint(1, 12)):
             offsets.append(offsets[-1] + rng.choice([0, 1, 63, 64, 65, rng.randint(0, 700)]))
+        yield offsets
+
+
+@pytest.mark.parametrize("block", [64, 256])
+def test_slots_of_documents_never_meet(block):
+    for offsets in packed_offsets():
         used = [
             begin // block + i + j
             for i, (begin, end) in enumerate(itertools.pairwise(offsets))
@@ -68,3 +87,39 @@ def test_slots_of_documents_never_meet(block):
         ]
         assert len(set(used)) == len(used)
         assert max(used) < common.slots(offsets[-1], len(offsets) - 1, block)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_tokens_that_number_the_segments_to_summarise(block):
+    """Each segment but a document's last holds one token that is -1 modulo the segment."""
+    for offsets in packed_offsets():
+        wanted = {
+            (i, j)
+            for i, (begin, end) in enumerate(itertools.pairwise(offsets))
+            for j in range((end - begin - 1) // block)
+        }
+        found = []
+        for item in range(max(0, (offsets[-1] - 1) // block)):
+            token = (item + 1) * block - 1
+            document = max(i for i, begin in enumerate(offsets[:-1]) if begin <= token)
+            begin, end = offsets[document : document + 2]
+            part = (token - begin) // block
+            if part < -(-(end - begin) // block) - 1:
+                found.append((document, part))
+        assert set(found) == wanted and len(found) == len(wanted)
+
+
+@pytest.mark.parametrize("segment", [64, 128])
+def test_tokens_that_number_the_documents_to_scan(segment):
+    """Documents of three segments and more are found, each once, by the first of their tokens that
+    is -1 modulo two segments."""
+    for offsets in packed_offsets():
+        found = []
+        for item in range(max(0, (offsets[-1] - 1) // (2 * segment))):
+            token = (item + 1) * 2 * segment - 1
+            document = max(i for i, begin in enumerate(offsets[:-1]) if begin <= token)
+            if token - offsets[document] < 2 * segment:
+                found.append(document)
+        lengths = [end - begin for begin, end in itertools.pairwise(offsets)]
+        assert len(set(found)) == len(found)
+        assert set(found) >= {i for i, n in enumerate(lengths) if n > 2 * segment}

@@ -1,0 +1,133 @@
+"""What the warps beside the chains of recurrence.py do: P and gate vectors, loads, stores.
+
+Macros, made for a variant of that kernel; their text is part of its roles' branches.
+
+    auxiliary   a chunk ahead of the chains: P_ij = scale exp(G_i - G_j) q_i k_j for j <= i, and what
+                scales U, D and Q S, a vector each
+    producer    bulk copies into `stages` slots, refilled as chains and auxiliary leave them
+    storer      bulk copies of the outputs that a chain left in shared memory
+"""
+
+import tilelang.language as T
+
+from .common import CHUNK, CHUNK_SLOT
+
+C, K, HALF = CHUNK, 128, 64
+
+
+def auxiliary(*, stages, ahead, normalize, dtype):
+    """The loop of the auxiliary warpgroup, thread `t` of 128. `ahead`: registers suffice to hold the
+    decay between two tokens while the product runs."""
+    at_once = ahead or not normalize
+    f32 = "float32"
+
+    @T.macro
+    def run(qs, ks, gs, rs, ps, ein, eout, eq, es, rq, square, P, Pb, D, full, empty, ready, spent,
+            n, t, scale):  # fmt: skip
+        for c in T.serial(n):
+            s = c % stages
+            b = c % 2
+            T.mbarrier_wait_parity(full[s], (c // stages) % 2)
+            if at_once:
+                T.wgmma_gemm(qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True)
+            if normalize:
+                square[0] = T.call_extern(
+                    f32,
+                    "gdn::square_sum",
+                    T.access_ptr(qs[s, t // 2, t % 2 * (K // 2)], "r"),
+                    dtype == "float16",
+                )
+                square[0] += T.shfl_xor(square[0], 1)
+                rq[b, t // 2] = scale * T.rsqrt(square[0] + 1e-6)
+                T.call_extern("handle", "gdn::wait_named", 3)
+            if ahead:  # while the product runs
+                for x, y in T.Parallel(C, C):
+                    D[x, y] = T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
+                if normalize:
+                    for x, y in T.Parallel(C, C):
+                        D[x, y] *= rq[b, x] * rs[s, y]
+                else:
+                    for x, y in T.Parallel(C, C):
+                        D[x, y] *= scale
+                for x, y in T.Parallel(C, C):
+                    D[x, y] = T.if_then_else(x >= y, D[x, y], 0.0)
+            T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
+            if t < C:
+                G = gs[s, t]
+                if normalize:
+                    ein[b, t] = T.exp2(G) * rs[s, t]
+                    eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
+                    eq[b, t] = T.exp2(G) * rq[b, t]
+                else:
+                    if t == C - 1:
+                        es[b] = T.exp2(G)
+                    ein[b, t] = T.exp2(G)
+                    eout[b, t] = T.exp2(gs[s, C - 1] - G)
+                    eq[b, t] = T.exp2(G) * scale
+            if not at_once:
+                T.wgmma_gemm(qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True)
+            T.wait_wgmma(0)
+            if ahead:
+                for x, y in T.Parallel(C, C):
+                    P[x, y] *= D[x, y]
+            else:
+                # the mask comes after the arithmetic: branches here cost more than exps
+                for x, y in T.Parallel(C, C):
+                    P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
+                if normalize:
+                    for x, y in T.Parallel(C, C):
+                        P[x, y] *= rq[b, x] * rs[s, y]
+                else:
+                    for x, y in T.Parallel(C, C):
+                        P[x, y] *= scale
+                for x, y in T.Parallel(C, C):
+                    P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
+            T.copy(P, Pb)
+            T.copy(Pb, ps[b * C : (b + 1) * C, :])
+            T.fence_proxy_async()
+            if normalize:  # rq is read before the next chunk writes it
+                T.call_extern("handle", "gdn::wait_named", 3)
+            T.mbarrier_arrive(ready[b])
+            T.mbarrier_arrive(empty[s])
+
+    return run
+
+
+def producer(*, stages, halves, normalize):
+    """The loop of the warp that loads."""
+
+    @T.macro
+    def run(q, k, v, a, gate, rnorm, qs, ks, vs, as_, gs, rs, full, empty, n, row, at, h, hk,
+            column):  # fmt: skip
+        for c in T.serial(n):
+            s = c % stages
+            r0 = row + c * C
+            T.mbarrier_wait_parity(empty[s], (c // stages) % 2 ^ 1)
+            T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
+            T.tma_copy(q[r0 : r0 + C, hk, :], qs[s, :, :], barrier=full[s])
+            T.tma_copy(gate[at[CHUNK_SLOT] + c, h, :], gs[s, :], barrier=full[s])
+            if normalize:
+                T.tma_copy(rnorm[at[CHUNK_SLOT] + c, hk, :], rs[s, :], barrier=full[s])
+            T.tma_copy(a[at[CHUNK_SLOT] + c, h, :, :], as_[s, :, :], barrier=full[s])
+            for half in range(halves):
+                T.tma_copy(
+                    v[r0 : r0 + C, h, column + half * HALF : column + (half + 1) * HALF],
+                    vs[(s * halves + half) * C : (s * halves + half + 1) * C, :],
+                    barrier=full[s],
+                )
+            T.mbarrier_arrive(full[s])
+
+    return run
+
+
+@T.macro
+def storer(os_, o, half, row, chunks, h, column, staged, stored):
+    """The loop of the warp that stores `chunks` chunks of a chain's outputs."""
+    for c in T.serial(chunks):
+        T.mbarrier_wait_parity(staged[half], c % 2)
+        T.tma_copy(
+            os_[half * C : half * C + C, :],
+            o[row + c * C : row + c * C + C, h, column + half * HALF : column + (half + 1) * HALF],
+        )
+        T.tma_store_wait()
+        T.mbarrier_arrive(stored[half])
