@@ -29,6 +29,7 @@ _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 Group = dist.ProcessGroup | VirtualGroup
 Result = TypeVar("Result")
+MOST_EVENTS = 1024  # spans that a CommMeter keeps unread, unless they have not ended
 
 
 class Operation(NamedTuple):
@@ -64,11 +65,12 @@ class Operations:
             self._purpose.reset(before)
 
     @contextmanager
-    def issue(self, what: str, done: torch.cuda.Event | None) -> Iterator[None]:
+    def issue(self, what: str | Callable[[], str], done: torch.cuda.Event | None) -> Iterator[None]:
         """An operation that ends with the block, or with the event that the block records."""
         if not self._active:
             yield
             return
+        what = what if isinstance(what, str) else what()
         purpose = self._purpose.get()
         name = f"{purpose} ({what})" if purpose else what
         operation = Operation(name, time.monotonic(), done)
@@ -94,17 +96,20 @@ operations = Operations()
 class CommMeter:
     """Counts what the context-parallel layers exchange: bytes sent by this rank, calls, and time.
 
-    Time is wall clock on the CPU (blocking calls) and CUDA events on the GPU, read in :meth:`take` only.
+    Time is wall clock on the CPU (blocking calls) and CUDA events on the GPU, which are read in :meth:`take`, and
+    earlier, without a wait, where more than MOST_EVENTS spans pile up.
     """
 
     bytes: int = 0
     _calls: int = 0
     _taken: int = 0
     _seconds: float = 0.0
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    _events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=deque)
 
     @contextmanager
-    def span(self, nbytes: int, device: torch.device, what: str) -> Iterator[None]:
+    def span(
+        self, nbytes: int, device: torch.device, what: str | Callable[[], str]
+    ) -> Iterator[None]:
         self.bytes += nbytes
         self._calls += 1
         if device.type != "cuda":
@@ -124,15 +129,25 @@ class CommMeter:
                 yield
                 after.record()
             self._events.append((before, after))
+            if len(self._events) > MOST_EVENTS:
+                self._read_ended(2)
+
+    def _read_ended(self, most: int) -> None:
+        """Add up the first spans, as far as they have ended."""
+        for _ in range(most):
+            before, after = self._events[0]
+            if not after.query():
+                return
+            self._seconds += before.elapsed_time(after) / 1e3
+            self._events.popleft()
 
     def take(self) -> dict[str, float]:
         """{"bytes", "seconds", "calls"} since the last call; waits for the GPU events it reads."""
-        for before, after in self._events:
+        for _, after in self._events:
             after.synchronize()
-            self._seconds += before.elapsed_time(after) / 1e3
+        self._read_ended(len(self._events))
         out = {"bytes": self.bytes - self._taken, "seconds": self._seconds, "calls": self._calls}
         self._taken, self._seconds, self._calls = self.bytes, 0.0, 0
-        self._events.clear()
         return out
 
 
@@ -150,17 +165,36 @@ def swap(
     if not outgoing and not incoming:
         return
     group = context.group
-    targets, sources = sorted({p for p, _ in outgoing}), sorted({p for p, _ in incoming})
-    what = f"to ranks {targets}, from ranks {sources}"
     device = (outgoing or incoming)[0][1].device
+
+    def what() -> str:
+        targets, sources = sorted({p for p, _ in outgoing}), sorted({p for p, _ in incoming})
+        return f"to ranks {targets}, from ranks {sources}"
+
     with meter.span(_nbytes(*(t for _, t in outgoing)), device, what):
         if isinstance(group, VirtualGroup):
             group.exchange(outgoing, incoming)
-            return
-        ops = [dist.P2POp(dist.isend, t, group=group, group_peer=p) for p, t in outgoing]
-        ops += [dist.P2POp(dist.irecv, t, group=group, group_peer=p) for p, t in incoming]
-        for request in dist.batch_isend_irecv(ops):
-            request.wait()
+        else:
+            assert group is not None
+            _send_and_receive(outgoing, incoming, group, device)
+
+
+def _send_and_receive(
+    outgoing: list[tuple[int, Tensor]],
+    incoming: list[tuple[int, Tensor]],
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> None:
+    """What dist.batch_isend_irecv does, at less cost to the host: one group call of NCCL, if that is the backend."""
+    together = group._get_backend(device).supports_coalescing
+    if together:
+        group._start_coalescing(device)
+    requests = [group.send([tensor], peer, 0) for peer, tensor in outgoing]
+    requests += [group.recv([tensor], peer, 0) for peer, tensor in incoming]
+    if together:
+        requests = [group._end_coalescing(device)]
+    for request in requests:
+        request.wait()
 
 
 def _gather_flat(every: Tensor, mine: Tensor, group: Group | None) -> None:
