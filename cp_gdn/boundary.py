@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .comm import Pending, mark, operations, swap
+from .comm import Mark, Messages, Pending, mark, operations, swap
 from .scan import Summary, apply, scan, transpose
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def start_exchange_gradients(
     dS: Tensor,
     transitions: Transitions,
     context: "CPContext",
-    ready: torch.cuda.Event | None,
+    ready: Mark | None,
 ) -> Pending[Tensor | None]:
     """:func:`exchange_gradients` of a dS that was there at ``ready`` (comm.mark), beside what the current stream
     does since then and next."""
@@ -120,9 +120,6 @@ def _walk(
     chain = [Summary(M[r] if M is not None and context.through(r) else None, S[r]) for r in ranks]
     incoming = scan(chain, links)
     return [incoming[ranks.index(r)] for r in range(context.size)]
-
-
-Messages = list[tuple[int, Tensor]]
 
 
 def _spread(

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from . import comm
+from .metering import Operation
 
 SILENCE_S = 3.0  # a rank whose beat stands still for so long is taken for dead
 
@@ -79,7 +80,7 @@ class Watchdog:
                     )
                 return
 
-    def _beat(self) -> tuple["comm.Operation | None", float]:
+    def _beat(self) -> tuple[Operation | None, float]:
         """Tell the others that this rank lives and how long its oldest open operation has waited."""
         waiting = comm.operations.oldest()
         age = 0.0 if waiting is None else time.monotonic() - waiting.issued
@@ -107,7 +108,7 @@ class Watchdog:
                 beats[rank] = json.loads(self._store.get(str(rank))) if there else None
         return beats
 
-    def _message(self, waiting: "comm.Operation", missing: str) -> str:
+    def _message(self, waiting: Operation, missing: str) -> str:
         return (
             f"[rank {self._rank}] {waiting.name}: not done after {timedelta(seconds=self._timeout)}. "
             f"Missing: {missing}. This process ends; start the run again under the same name to resume "

@@ -76,3 +76,14 @@ def _silent_rank(rank, size):
 def test_a_missing_rank_ends_the_others():
     with pytest.raises(Exception, match=r"(?i)time|closed|reset|connection"):
         run_ranks(2, _silent_rank, timeout_s=2)
+
+
+def test_what_does_not_fit_into_a_box_takes_the_other_way_with_all_of_its_peer(monkeypatch):
+    monkeypatch.setattr(comm, "CAPACITY", 64)
+    a, b, c = torch.zeros(8), torch.zeros(8), torch.zeros(9)  # 32, 32 and 36 bytes
+    fitting, large = comm._fitting([(1, a), (2, a), (1, b), (2, c), (0, c)])
+    assert {peer: [id(x) for x in xs] for peer, xs in fitting.items()} == {
+        1: [id(a), id(b)],
+        0: [id(c)],
+    }
+    assert [(peer, id(x)) for peer, x in large] == [(2, id(a)), (2, id(c))]

@@ -17,6 +17,8 @@ BASE = {
     "scan",
     "comm",
     "boundary",
+    "mailbox",
+    "metering",
     "virtual",
     "watchdog",
 }

@@ -4,7 +4,6 @@ Same calls as the torch engine (chunked.TorchRun). Nothing here reads the device
 imported at the first call that uses it.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -86,8 +85,9 @@ class HopperRun:
             scale=self._scale,
             output_final_state=final,
         )
-        names = [field.name for field in dataclasses.fields(saved) if field.name != "plan"]
-        self.kept, self.plan = [getattr(saved, name) for name in names], saved.plan
+        kept = dict(vars(saved))
+        self.plan = kept.pop("plan")
+        self.kept = list(kept.values())
         return o, states
 
     def open_backward(

@@ -2,8 +2,8 @@
 
 One process a GPU. Every row is one sequence of T tokens: on one GPU whole, and cut over all of them; times are of the
 operator, forward and forward + backward through autograd, launches included, each call started together and counted
-with its slowest rank. Checks first: outputs and gradients over the ranks against one GPU's. Writes
-docs/results/cp-2xh200.json and .png. Arguments:
+with its slowest rank; host_ms is how long the slowest host takes to issue a call. Checks first: outputs and gradients
+over the ranks against one GPU's. Writes docs/results/cp-2xh200.json and .png. Arguments:
 
     peers=[flash_qla]    flash_qla (inter-card), fla, ulysses (head-parallel all-to-all around our kernels; it
                          sends so much that NCCL then gets all its channels, otherwise four)
@@ -172,7 +172,9 @@ def describe(row: dict[str, Any]) -> str:
         if isinstance(value, dict) and "both" in value:
             text += f" | {name} {value['both']['ms']:.3f}"
             if "forward" in value:
-                text += f" (forward {value['forward']['ms']:.3f})"
+                text += (
+                    f" (forward {value['forward']['ms']:.3f}, host {value['both']['host_ms']:.2f})"
+                )
         elif name.startswith("ratio"):
             text += f" | {name} {value:.3f}"
     return text
