@@ -71,6 +71,12 @@ def _send_and_receive(
         request.wait()
 
 
+def takes_no_multiprocessor(context: "CPContext") -> bool:
+    """Whether boundary states travel without a kernel, which would wait where others have all multiprocessors."""
+    group = context.group
+    return isinstance(group, dist.ProcessGroup) and _mailboxes.get(group) is not None
+
+
 def _by_mail(
     outgoing: Messages,
     incoming: Messages,

@@ -226,11 +226,12 @@ def entering_summary(opened: OpenBackward, *, incoming: torch.Tensor | None = No
     return _walk(x, _incoming(x, incoming))[2][: x.open_left]
 
 
-def replay(opened: OpenBackward) -> None:
+def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     """Replay the states, which needs no gradient that is late.
 
     Where chains do not fill the GPU it runs beside the current stream: from the beginning, or from
-    here on if somebody waits for what entering_summary found, which must not wait for multiprocessors.
+    here on if somebody waits for what entering_summary found and gets it by a kernel, which must not
+    wait for multiprocessors; `at_once`: it needs none.
     """
     x = opened
     here = torch.cuda.current_stream(x.q.device)
@@ -238,7 +239,7 @@ def replay(opened: OpenBackward) -> None:
         _replay(x)
         return
     beside = side_stream(x.q.device)
-    beside.wait_event(here.record_event() if x.open_left else x.begun)
+    beside.wait_event(here.record_event() if x.open_left and not at_once else x.begun)
     with torch.cuda.stream(beside):
         _replay(x)
         x.replayed = beside.record_event()

@@ -305,7 +305,7 @@ class TorchRun:
         """The true gradient of those states, if :meth:`close_backward` would not have it as soon: here it has."""
         return None
 
-    def replay(self) -> None:
+    def replay(self, *, at_once: bool) -> None:
         """What the backward can do before late gradients come: nothing on this engine."""
 
     def close_backward(self, incoming: Tensor | None) -> Gradients:

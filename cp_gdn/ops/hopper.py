@@ -117,11 +117,12 @@ class HopperRun:
 
     entering_gradient = entering
 
-    def replay(self) -> None:
+    def replay(self, *, at_once: bool) -> None:
+        """What needs no late gradient, also beside ``entering`` if ``at_once``."""
         from ..kernels.backward import replay
 
         if self._all_known is None:
-            replay(self._opened)
+            replay(self._opened, at_once=at_once)
 
     def close_backward(self, incoming: Tensor | None) -> Gradients:
         from ..kernels.backward import close_backward

@@ -114,13 +114,14 @@ def sharded_backward(
         dht = dfinal[documents(context, count)].clone()
         dht[count - cuts.right :] = 0
 
+    at_once = comm.takes_no_multiprocessor(context)
     run.open_backward(h0, do, dht, cuts.left, cuts.right)
     if context.exchange == "serial":
         dS_in = boundary.receive_state(run.room(cuts.each), context, reverse=True)
         dS_out = run.entering_gradient(dS_in) if cuts.left else None
         if dS_out is not None:
             boundary.send_state(dS_out, context, reverse=True)
-        run.replay()
+        run.replay(at_once=at_once)
         out = run.close_backward(dS_in)
         if dS_out is None:
             boundary.send_state(out.dh0[cuts.entering], context, reverse=True)
@@ -129,10 +130,10 @@ def sharded_backward(
     if context.any_crossing:
         dS = run.entering() if cuts.left else run.room(cuts.each)
         ready = comm.mark(dS.device)
-        run.replay()  # launched first: the device works while the host prepares the messages
+        run.replay(at_once=at_once)  # launched first: the host prepares the messages meanwhile
         pending = boundary.start_exchange_gradients(dS, transitions, context, ready)
     else:
-        run.replay()
+        run.replay(at_once=at_once)
     dS_in = pending.wait() if pending and cuts.right else None
     out = run.close_backward(dS_in)
     if pending:
