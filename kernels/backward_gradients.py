@@ -64,9 +64,6 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             hc = count[0] * R + g
             s = hc % 2
             h = at[1] * R + g
-            # states have one buffer: the L2 fetches them while the last ones are in use
-            for states in (entering, dleaving):
-                call("prefetch", T.access_ptr(states[at[0], h, 0, 0], "r"), V * K * 2)
             if g == 0:
                 for x in (q, k):
                     call(

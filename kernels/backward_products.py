@@ -9,7 +9,7 @@ uniform             a value that all lanes share, known to the compiler as such
 load_matrices, ...  16 x 16 values of a panel as accumulators lie, and back
 product             [64, 64] accumulators (+)= A B of 16 STEPS, both in shared memory, asynchronous
 multiply_rows       a 16 x 8 product of one warp
-prefetch            into the L2
+prefetch_rows       into the L2
 """
 
 SOURCE = r"""
@@ -162,12 +162,7 @@ __device__ __forceinline__ void multiply_rows(float* c, const unsigned* a, unsig
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// One warp asks the L2 for memory that it will load later: 16 B to many KB, and rows of 256 B.
-__device__ __forceinline__ void prefetch(const void* p, int bytes) {
-  if ((threadIdx.x & 31) == 0)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
-                 "r"(bytes) : "memory");
-}
+// One warp asks the L2 for rows of 256 B that it will load later.
 __device__ __forceinline__ void prefetch_rows(const void* p, long stride, int rows) {
 #pragma unroll
   for (int row = threadIdx.x & 31; row < 64; row += 32)

@@ -42,9 +42,6 @@ __device__ __forceinline__ void sum_pairs(const float* x, float* rows, float* co
 __device__ __forceinline__ void meet(int barrier) {
   asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void meet_half(int barrier) {
-  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
-}
 // One warp. sums: for both warpgroups rows[64], columns[4][64], dots[64], ends[64]; traces: <dS, S> of
 // 64 parts, and gamma_C. Writes the reverse cumulative sum of dG for the first `valid` tokens.
 __device__ __forceinline__ void gate_gradient(const float* sums, const float* traces, float* dg,
