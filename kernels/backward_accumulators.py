@@ -1,13 +1,12 @@
 """CUDA of backward_gradients.py: what its consumers do with accumulators (layouts: backward_products.py).
 
-pair_matrix                dP or N^T from dO Vd^T or Vd dV^T, as bf16 tiles; fp32 sums of E
-row_factors                gates of a thread's two rows
+pair_matrix, store_pairs   dP or N^T from dO Vd^T or Vd dV^T, and as a tile of 16 bits
+sum_products               fp32 sums of E
+row_factors, take_logs     gates of a thread's two rows; norms of q and k, for exponents
 add_query, add_key         gated products onto dq and dk, and their rows' dots with q and k
-store_dots                 the dots of a row, over its quad
-trace                      <S, dS> of 64 columns, by a warp of the third warpgroup
-take_logs                  norms of q and k, for exponents
+store_dots, trace          the dots of a row, over its quad; <S, dS>
 project_rows, subtract_rows  the gradient of a normalisation
-stage_rows                 dq and dk, on their way out
+stage_rows, copy_rows      dq and dk, on their way out
 """
 
 SOURCE = r"""
@@ -25,13 +24,16 @@ __device__ __forceinline__ void drop_diagonal(float* m) {
       if (here && odd) m[8 * t + 1] = m[8 * t + 7] = 0;
     }
 }
-// w = 0: m = dO Vd^T -> dP. w = 1: m = Vd dV^T -> N^T, written as N + N^T. qk: Q K^T without its diagonal
-// or K K^T. logs: log2 of |scale| / |q| and 1 / |k| by token. Rows past `valid` of dO and dV are not
-// of this document.
+// Blocks of 16 columns of a warp's 16 rows that are not zero.
+__device__ __forceinline__ unsigned blocks_of(int w, int warp) {
+  return w ? 15u << warp & 15u : (2u << warp) - 1;
+}
+// w = 0: m = dO Vd^T -> dP. w = 1: m = Vd dV^T -> N^T, written as N + N^T; p: the same in 16 bits.
+// logs: log2 of |scale| / |q| and 1 / |k| by token. Rows past `valid` of dO and dV are not of this
+// document.
 template <bool HALF, bool NORM>
-__device__ __forceinline__ void pair_matrix(float* m, const float* qk, const float* g,
-                                            const float* logs, void* tile, float* rows,
-                                            float* columns, float* diagonal, int w, int warp,
+__device__ __forceinline__ void pair_matrix(float* m, const float* g, const float* logs,
+                                            float* diagonal, unsigned* p, int w, int warp,
                                             int valid, float scale) {
   const int lane = threadIdx.x & 31, first = lane >> 2;
   const int r = warp * 16 + first, c = (lane & 3) * 2;
@@ -47,16 +49,13 @@ __device__ __forceinline__ void pair_matrix(float* m, const float* qk, const flo
   }
   const bool rare = valid < 64 || scale < 0;
   const float factor = !w && scale < 0 ? -1.f : 1.f;
-  // blocks of 16 columns that are not zero, and what stays of the one on the diagonal
-  const unsigned blocks = w ? 15u << warp & 15u : (2u << warp) - 1;
+  const unsigned blocks = blocks_of(w, warp);  // and what stays of the one on the diagonal
   const unsigned even = (w ? c > first : c <= first) ? ~0u : 0;
   const unsigned odd = (w ? c + 1 > first : c + 1 <= first) ? ~0u : 0;
   const unsigned above = w ? ~0u : 0, kept[8] = {even, odd, ~above, ~above, above, above, even, odd};
-  unsigned p[16];
-  float x[16], r0 = 0, r1 = 0;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
-    float v[8];
+    float* v = m + 8 * t;
     if (blocks >> t & 1) {
       const float2 l = *(const float2*)(g + t * 16 + c), h = *(const float2*)(g + t * 16 + c + 8);
       float b[4] = {l.x, l.y, h.x, h.y};
@@ -68,16 +67,16 @@ __device__ __forceinline__ void pair_matrix(float* m, const float* qk, const flo
         b[2] = fmaf(sign, b[2], o.x);
         b[3] = fmaf(sign, b[3], o.y);
       }
+      if (w && t == warp && lane >> 3 == (lane & 3)) {
+        diagonal[r] = first & 1 ? v[1] : v[0];
+        diagonal[r + 8] = first & 1 ? v[7] : v[6];
+      }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float a = i & 2 ? a1 : a0, y = b[i / 4 * 2 + i % 2];
-        v[i] = m[8 * t + i] * power(NORM ? a + y : fmaf(sign, y, a));
+        v[i] *= power(NORM ? a + y : fmaf(sign, y, a));
       }
       if (t == warp) {
-        if (w && lane >> 3 == (lane & 3)) {
-          diagonal[r] = first & 1 ? m[8 * t + 1] : m[8 * t];
-          diagonal[r + 8] = first & 1 ? m[8 * t + 7] : m[8 * t + 6];
-        }
 #pragma unroll
         for (int i = 0; i < 8; ++i) v[i] = __uint_as_float(__float_as_uint(v[i]) & kept[i]);
       }
@@ -89,23 +88,39 @@ __device__ __forceinline__ void pair_matrix(float* m, const float* qk, const flo
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) p[4 * t + i] = pack<HALF>(v[2 * i], v[2 * i + 1]);
+    } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] *= qk[8 * t + i];
-      r0 += (v[0] + v[1]) + (v[4] + v[5]);
-      r1 += (v[2] + v[3]) + (v[6] + v[7]);
+      for (int i = 0; i < 4; ++i) p[4 * t + i] = 0;
+    }
+  }
+}
+// E = m (Q K^T without its diagonal) or m (K K^T): sums of its rows and columns, to shared memory.
+__device__ __forceinline__ void sum_products(const float* m, const float* qk, float* rows,
+                                             float* columns, int w, int warp) {
+  const unsigned blocks = blocks_of(w, warp);
+  float x[18];
+  x[16] = x[17] = 0;
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+    if (blocks >> t & 1) {
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = m[8 * t + i] * qk[8 * t + i];
+      x[16] += (v[0] + v[1]) + (v[4] + v[5]);
+      x[17] += (v[2] + v[3]) + (v[6] + v[7]);
       x[4 * t] = v[0] + v[2];
       x[4 * t + 1] = v[1] + v[3];
       x[4 * t + 2] = v[4] + v[6];
       x[4 * t + 3] = v[5] + v[7];
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        p[4 * t + i] = 0;
-        x[4 * t + i] = 0;
-      }
+      for (int i = 0; i < 4; ++i) x[4 * t + i] = 0;
     }
-  }
-  meet(1);  // the last head's products are through
+  sum_pairs(x, rows, columns);
+}
+// The bf16 tile, to shared memory.
+__device__ __forceinline__ void store_pairs(unsigned* p, void* tile, int w, int warp) {
+  const int lane = threadIdx.x & 31;
   const unsigned panel = address(tile) + w * 8192;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
@@ -122,7 +137,7 @@ __device__ __forceinline__ void pair_matrix(float* m, const float* qk, const flo
     }
   }
   fence_shared();
-  sum_pairs(x, r0, r1, rows, columns);
+  __syncwarp();
 }
 // f: what dO S^T, dV S^T and Vd dS^T are multiplied by in a thread's two rows; then room for their dots.
 template <bool NORM>
@@ -148,39 +163,41 @@ __device__ __forceinline__ void row_factors(float* f, const float* g, const floa
 #pragma unroll
   for (int i = 6; i < 12; ++i) f[i] = 0;
 }
+// The first 32 columns of a warp's rows of q or k, for add_query and add_key: asked for early.
+__device__ __forceinline__ void load_rows(const void* tile, unsigned* words) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+    load_matrices(matrices_at(address(tile), threadIdx.x >> 5 & 3, t), words + 4 * t);
+}
 // a += f x by rows, and the dots <x, q> of a row.
 template <bool HALF>
-__device__ __forceinline__ void add_query(float* a, const float* x, const void* q, float* f) {
-  const unsigned panel = address(q);
-  const int warp = threadIdx.x >> 5 & 3;
+__device__ __forceinline__ void add_query(float* a, const float* x, const void* q, unsigned* words,
+                                          float* f) {
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
-    unsigned words[4];
-    load_matrices(matrices_at(panel, warp, t), words);
+    unsigned* w = words + t % 2 * 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 y = unpack<HALF>(words[i]);
+      const float2 y = unpack<HALF>(w[i]);
       const int j = 8 * t + 2 * i, row = i & 1;
       a[j] = fmaf(f[row], x[j], a[j]);
       a[j + 1] = fmaf(f[row], x[j + 1], a[j + 1]);
       f[6 + row] = fmaf(x[j], y.x, f[6 + row]);
       f[6 + row] = fmaf(x[j + 1], y.y, f[6 + row]);
     }
+    if (t < 2) load_matrices(matrices_at(address(q), threadIdx.x >> 5 & 3, t + 2), w);
   }
 }
 // The same of two products, with k.
 template <bool HALF>
 __device__ __forceinline__ void add_key(float* a, const float* in, const float* out, const void* k,
-                                        float* f) {
-  const unsigned panel = address(k);
-  const int warp = threadIdx.x >> 5 & 3;
+                                        unsigned* words, float* f) {
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
-    unsigned words[4];
-    load_matrices(matrices_at(panel, warp, t), words);
+    unsigned* w = words + t % 2 * 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 y = unpack<HALF>(words[i]);
+      const float2 y = unpack<HALF>(w[i]);
       const int j = 8 * t + 2 * i, row = i & 1;
       a[j] = fmaf(f[4 + row], out[j], fmaf(f[2 + row], in[j], a[j]));
       a[j + 1] = fmaf(f[4 + row], out[j + 1], fmaf(f[2 + row], in[j + 1], a[j + 1]));
@@ -189,6 +206,7 @@ __device__ __forceinline__ void add_key(float* a, const float* in, const float* 
       f[10 + row] = fmaf(out[j], y.x, f[10 + row]);
       f[10 + row] = fmaf(out[j + 1], y.y, f[10 + row]);
     }
+    if (t < 2) load_matrices(matrices_at(address(k), threadIdx.x >> 5 & 3, t + 2), w);
   }
 }
 // Of the four values of a quad's threads, lane l % 4 gets the sum of one: x0, x1, y0, y1.
@@ -294,26 +312,38 @@ __device__ __forceinline__ void stage_rows(const float* a, void* tile) {
   }
   fence_shared();
 }
-// One warp: <x, y> of two panels of 128 rows, in every lane. What belongs together lies in the same places.
+// One warp: the first `valid` rows of a panel to 64 columns of memory.
+__device__ __forceinline__ void copy_rows(const void* tile, void* out, long stride, int valid) {
+  const int lane = threadIdx.x & 31, chunk = lane & 7;
+#pragma unroll 1
+  for (int row = lane >> 3; row < valid; row += 4)
+    *(uint4*)((char*)out + row * stride + chunk * 16) =
+        *(const uint4*)((const char*)tile + row * 128 + (chunk ^ row & 7) * 16);
+}
+// <x, y> of two panels' rows 32 warp.., in 8 parts: the diagonals of products of 16 rows.
 template <bool HALF>
-__device__ __forceinline__ float trace(const void* x, const void* y) {
-  const uint4 *p = (const uint4*)x + (threadIdx.x & 31), *r = (const uint4*)y + (threadIdx.x & 31);
-  float c[4] = {0, 0, 0, 0};
-#pragma unroll 4
-  for (int i = 0; i < 32; ++i) {
-    const uint4 a = p[i * 32], b = r[i * 32];
-    const unsigned u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
+__device__ __forceinline__ void trace(const void* x, const void* y, float* out, int warp) {
+  float c[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 f = unpack<HALF>(u[j]), g = unpack<HALF>(v[j]);
-      c[j] = fmaf(f.x, g.x, c[j]);
-      c[j] = fmaf(f.y, g.y, c[j]);
+  for (int row = 0; row < 2; ++row) {
+    unsigned a[4][4], b[4][4], all = 0;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      load_matrices(matrices_at(address(x), warp * 2 + row, t), a[t]);
+      load_matrices(matrices_at(address(y), warp * 2 + row, t), b[t]);
+    }
+    // all eight under way before the first is used: the assembler would put each where it is needed
+#pragma unroll
+    for (int t = 0; t < 4; ++t) all |= a[t][0] | b[t][0];
+    a[0][0] |= all & blockIdx.z;  // which is zero
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      multiply_rows<HALF>(c, a[t], b[t][0], b[t][2]);
+      multiply_rows<HALF>(c + 4, a[t], b[t][1], b[t][3]);
     }
   }
-  float sum = (c[0] + c[1]) + (c[2] + c[3]);
-#pragma unroll
-  for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-  return sum;
+  const int lane = threadIdx.x & 31;
+  if (lane >> 3 == (lane & 3)) out[warp * 8 + (lane >> 2)] = lane >> 2 & 1 ? c[1] + c[7] : c[0] + c[6];
 }
 }  // namespace gdn
 #endif

@@ -8,7 +8,8 @@ and of every 16 columns 2 (l % 4) + {0, 1, 8, 9}: m[8 t + 4 (column >= 8) + 2 (r
 uniform             a value that all lanes share, known to the compiler as such
 load_matrices, ...  16 x 16 values of a panel as accumulators lie, and back
 product             [64, 64] accumulators (+)= A B of 16 STEPS, both in shared memory, asynchronous
-prefetch            into the L2
+multiply_rows       a 16 x 8 product of one warp
+prefetch_rows       into the L2
 """
 
 SOURCE = r"""
@@ -147,12 +148,21 @@ __device__ __forceinline__ void clear(float* d) {
 #pragma unroll
   for (int i = 0; i < 32; ++i) d[i] = 0;
 }
-// One warp asks the L2 for memory that it will load later: 16 B to many KB, and rows of 256 B.
-__device__ __forceinline__ void prefetch(const void* p, int bytes) {
-  if ((threadIdx.x & 31) == 0)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
-                 "r"(bytes) : "memory");
+template <bool HALF>
+__device__ __forceinline__ void multiply_rows(float* c, const unsigned* a, unsigned b0,
+                                              unsigned b1) {
+  if (HALF)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// One warp asks the L2 for rows of 256 B that it will load later.
 __device__ __forceinline__ void prefetch_rows(const void* p, long stride, int rows) {
 #pragma unroll
   for (int row = threadIdx.x & 31; row < 64; row += 32)

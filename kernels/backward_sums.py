@@ -13,9 +13,9 @@ SOURCE = r"""
 namespace gdn {
 // A thread's sums over rows l / 4 and l / 4 + 8 of its warp's 16, and over both of columns 8 j + 2 (l % 4) + f
 // (x[2 j + f]), of a [64, 64] matrix: rows[64] and columns[4 warps][64] get the sums over its quad and warp.
-__device__ __forceinline__ void sum_pairs(const float* x, float r0, float r1, float* rows,
-                                          float* columns) {
+__device__ __forceinline__ void sum_pairs(const float* x, float* rows, float* columns) {
   const int lane = threadIdx.x & 31, w = (threadIdx.x >> 5) & 3;
+  float r0 = x[16], r1 = x[17];
   r0 += __shfl_xor_sync(~0u, r0, 1);
   r1 += __shfl_xor_sync(~0u, r1, 1);
   r0 += __shfl_xor_sync(~0u, r0, 2);
@@ -42,15 +42,12 @@ __device__ __forceinline__ void sum_pairs(const float* x, float r0, float r1, fl
 __device__ __forceinline__ void meet(int barrier) {
   asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void meet_half(int barrier) {
-  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
-}
 // One warp. sums: for both warpgroups rows[64], columns[4][64], dots[64], ends[64]; traces: <dS, S> of
-// both halves of the key columns, and gamma_C. Writes the reverse cumulative sum of dG for the first `valid` tokens.
+// 64 parts, and gamma_C. Writes the reverse cumulative sum of dG for the first `valid` tokens.
 __device__ __forceinline__ void gate_gradient(const float* sums, const float* traces, float* dg,
                                               long stride, int valid) {
   const int lane = threadIdx.x & 31;
-  float x[2], tail = lane == 0 ? (traces[0] + traces[1]) * traces[2] : 0.f;
+  float x[2], tail = (traces[lane] + traces[lane + 32]) * traces[64];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int t = lane * 2 + i;

@@ -8,8 +8,8 @@ from .test_compile import nvcc  # noqa: F401  (the fixture applies here as well)
 
 pytestmark = pytest.mark.timeout(300)
 
-# Options, products written in the kernel, bytes of spills, warpgroups. What spills are counters of the
-# gradients' loop over items, two of them read once a head, and an address or two: never accumulators.
+# Options, products written in the kernel, bytes of spills (an address or two: never accumulators),
+# warpgroups.
 CASES = {
     "replay": ({"halves": 2, "normalize": True}, 3, 0, 3),
     "reverse": ({"halves": 2, "normalize": True}, 6, 0, 4),
@@ -17,8 +17,8 @@ CASES = {
     "reverse summary": ({"halves": 2, "normalize": True, "store": False}, 6, 8, 4),
     "reverse_scan": ({"entering": False}, 3, 0, 1),
     "reverse_scan entering": ({"entering": True}, 3, 0, 1),
-    "gradients": ({"ratio": 4}, 9, 52, 3),
-    "gradients normalising": ({"ratio": 4, "normalize": True}, 9, 60, 3),
+    "gradients": ({"ratio": 4}, 9, 0, 3),
+    "gradients normalising": ({"ratio": 4, "normalize": True}, 9, 4, 3),
     "beta_gradient": ({"smallest": 2.0**-40, "normalize": True}, 7, 0, 1),
 }
 # In gradients, C7520 is what a wait inside a branch between products costs.
@@ -37,6 +37,7 @@ def test_compiles_without_spills_or_serialised_products(name):
     assert max(map(int, SPILLS.findall(report))) <= spills, report
     assert not SERIALISED.search(report), report
     assert len(PRODUCTS.findall(source)) == products
-    assert "mma.sync" not in ptx.replace("wgmma.mma_async.sync", "")
+    if not name.startswith("gradients"):  # whose trace is on mma.sync
+        assert "mma.sync" not in ptx.replace("wgmma.mma_async.sync", "")
     # Warpgroups start with 168 or 128 registers a thread; more in all would be waited for forever.
     assert sum(map(int, REGISTERS.findall(source))) <= (512 if warpgroups == 4 else 504)
