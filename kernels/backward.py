@@ -65,6 +65,20 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
+class Walk:
+    """The dS chain, and how far it is."""
+
+    dstates: torch.Tensor  # [NS, Hv, K, V] fp32, of the states that leave the segments
+    dfinal: torch.Tensor | None
+    halves: int
+    segment: int
+    dv: torch.Tensor  # [L, Hv, V]
+    dh0: torch.Tensor  # [N, Hv, K, V] fp32
+    carried: torch.Tensor  # [2, Hv, K, V] fp32, what goes on from one block to the next
+    whole: torch.Tensor | None = None  # [NC, Hv, V, K], the dS that leaves each chunk, if all is there
+
+
+@dataclass
 class OpenBackward:
     """A backward between its stages: its inputs with batch and time in one axis, and what it made."""
 
@@ -87,7 +101,7 @@ class OpenBackward:
     vd: torch.Tensor  # [NC, Hv, 64, V]
     cut: bool = False  # the dS chain runs in the forward's segments
     external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of summarised segments
-    walked: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # dleaving, dv, dh0
+    walk: "Walk | None" = None
     replayed: torch.cuda.Event | None = None
 
     @property
@@ -147,16 +161,6 @@ def open_backward(
     return opened
 
 
-def _summarise(x: OpenBackward) -> None:
-    segment, states = x.saved.plan.summarised, x.saved.states
-    count = slots(x.q.shape[0], x.documents, segment * CHUNK)
-    x.external = states.new_empty(count, *states.shape[1:])
-    _reverse(
-        x, x.external, x.dfinal, x.external, x.entering[:1], x.do, halves=2, segment=segment,
-        store=False,
-    )  # fmt: skip
-
-
 def _open(
     q, k, v, g, beta, saved, do, dfinal, scale, initial, normalize, normalized, left=0, right=0
 ):  # fmt: skip
@@ -174,23 +178,25 @@ def _open(
     )  # fmt: skip
 
 
+def _summarise(x: OpenBackward) -> None:
+    segment, states = x.saved.plan.summarised, x.saved.states
+    count = slots(x.q.shape[0], x.documents, segment * CHUNK)
+    x.external = states.new_empty(count, *states.shape[1:])
+    _reverse(
+        x, x.external, x.dfinal, x.external, x.external, x.entering[:1], x.do, halves=2,
+        segment=segment, width=count, store=False,
+    )  # fmt: skip
+
+
 def _reverse(
-    opened,
-    dstates,
-    dfinal,
-    dinitial,
-    dleaving,
-    dv,
-    *,
-    halves,
-    segment,
-    store=True,
-) -> None:
+    opened, dstates, dfinal, dinitial, carried, dleaving, dv, *, halves, segment, width, first=0,
+    into=0, store=True,
+) -> None:  # fmt: skip
     x, saved = opened, opened.saved
     ready(reverse, halves=halves, store=store, **x.kind)(
         x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens, dstates,
-        dstates if dfinal is None else dfinal, dinitial, dleaving, dv, x.scale,
-        segment, x.bits, int(dfinal is not None), int(x.truncate and not store), x.open_left,
+        dstates if dfinal is None else dfinal, dinitial, carried, dleaving, dv, x.scale, width, first,
+        into, segment, x.bits, int(dfinal is not None), int(x.truncate and not store), x.open_left,
     )  # fmt: skip
 
 
@@ -223,7 +229,7 @@ def entering_summary(opened: OpenBackward, *, incoming: torch.Tensor | None = No
         if x.open_left:
             _scan(x, _incoming(x, incoming), x.external, total, entering=True)
         return total
-    return _walk(x, _incoming(x, incoming))[2][: x.open_left]
+    return _walk_whole(x, _incoming(x, incoming)).dh0[: x.open_left]
 
 
 def replay(opened: OpenBackward) -> None:
@@ -286,60 +292,135 @@ def close_backward(opened: OpenBackward, *, incoming: torch.Tensor | None = None
     incoming: [open_right, Hv, K, V] fp32, gradients of the states that leave the last `open_right`
         sequences, zero if None.
     """
-    _walk(opened, _incoming(opened, incoming))
-    return _gradients(opened)
+    x = opened
+    incoming = _incoming(x, incoming)
+    out = Results.room(x)
+    here = torch.cuda.current_stream(x.q.device)
+    if x.walk is not None and x.walk.whole is not None:
+        _wait(here, x.replayed)
+        _gradients(x, x.walk, x.walk.whole, out, 0)
+        return out.gradients(x)
+    walk = x.walk = _begin_walk(x, incoming)
+    blocks = _blocks(x, walk)
+    largest = max(count for _, count in blocks)
+    buffers = [x.entering.new_empty(largest, *x.entering.shape[1:]) for _ in range(min(BUFFERS, len(blocks)))]
+    chain = side_stream(x.q.device, urgent=True) if BESIDE else here
+    chain.wait_stream(here)
+    _wait(here, x.replayed)
+    done = []
+    for i, (first, count) in enumerate(blocks):
+        dleaving = buffers[i % len(buffers)][:count]
+        if i >= len(buffers):
+            chain.wait_event(done[i - len(buffers)])
+        with torch.cuda.stream(chain):
+            _walk_block(x, walk, dleaving, first, i)
+            walked = chain.record_event()
+        here.wait_event(walked)
+        _gradients(x, walk, dleaving, out, first, i)
+        done.append(here.record_event())
+    return out.gradients(x)
 
 
-def _walk(
-    x: OpenBackward, incoming: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The dS chain: dleaving, dv and dh0. Once."""
-    if x.walked is None:
-        saved = x.saved
-        dleaving, dv = torch.empty_like(x.entering), torch.empty_like(x.v)
-        dh0 = saved.gate.new_empty(x.documents, x.v.shape[1], KEY_DIM, KEY_DIM)
-        dfinal = _final_gradient(x, incoming)
-        if x.cut:
-            dstates = torch.empty_like(saved.states)
-            _scan(x, incoming, dstates, dstates, entering=False)
-            halves, segment = saved.plan.halves, saved.plan.segment
-        else:
-            dstates, halves, segment = dh0, 1, x.q.shape[0] // CHUNK + 2  # longer than any sequence
-        _reverse(x, dstates, dfinal, dh0, dleaving, dv, halves=halves, segment=segment)
-        x.walked = dleaving, dv, dh0
-    return x.walked
+def _wait(stream, event: torch.cuda.Event | None) -> None:
+    if event is not None:
+        stream.wait_event(event)
 
 
-def _gradients(x: OpenBackward) -> Gradients:
+BLOCK: int | None = None
+BUFFERS = 2
+BESIDE = True
+CTAS = 1
+HALVES: int | None = None
+
+
+def _blocks(x: OpenBackward, walk: Walk) -> list[tuple[int, int]]:
+    """First chunk slot and number of chunk slots of each block of time, from the end."""
+    chunks = x.saved.a.shape[0]
+    size = chunks if BLOCK is None else BLOCK
+    return [(max(0, end - size), min(size, end)) for end in range(chunks, 0, -size)]
+
+
+def _begin_walk(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
     saved = x.saved
-    assert x.walked is not None
-    dleaving, dv, dh0 = x.walked
-    if x.replayed is not None:
-        torch.cuda.current_stream(x.q.device).wait_event(x.replayed)
-    tokens, value_heads = x.v.shape[:2]
-    q, k, v, g, beta = x.inputs
-    dq, dk = torch.empty_like(x.q), torch.empty_like(x.k)
-    dg = saved.gate.new_empty(tokens, value_heads)
-    dbeta = torch.empty_like(dg)
-    pairs = torch.empty(1 + x.vd.shape[0] * value_heads, dtype=torch.int32, device=q.device)
-    pairs[:1].zero_()
-    last = {"processors": multiprocessors(q.device), **x.kind}
-    ready(gradients, ratio=value_heads // x.k.shape[1], **last)(
-        x.q, x.k, x.do, x.vd, dv, x.entering, dleaving, saved.gate, saved.rnorm, x.beta,
-        saved.cu_seqlens, dq, dk, dg, dbeta, pairs, x.scale, x.bits,
+    dh0 = saved.gate.new_empty(x.documents, x.v.shape[1], KEY_DIM, KEY_DIM)
+    dfinal = _final_gradient(x, incoming)
+    if x.cut:
+        dstates = torch.empty_like(saved.states)
+        _scan(x, incoming, dstates, dstates, entering=False)
+        halves, segment = saved.plan.halves, saved.plan.segment
+    else:
+        dstates, halves, segment = dh0, 1, _whole(x)
+    if HALVES:
+        halves = HALVES
+    carried = dh0.new_empty(2, *dh0.shape[1:])
+    return Walk(dstates, dfinal, halves, segment, torch.empty_like(x.v), dh0, carried)
+
+
+def _walk_whole(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
+    """The dS chain at once. Once."""
+    if x.walk is None:
+        x.walk = _begin_walk(x, incoming)
+        x.walk.whole = torch.empty_like(x.entering)
+        _walk_block(x, x.walk, x.walk.whole, 0, 0)
+    return x.walk
+
+
+def _walk_block(x: OpenBackward, walk: Walk, dleaving: torch.Tensor, first: int, i: int) -> None:
+    count = dleaving.shape[0]
+    # a document more adds a segment at most; where there are many, a CTA walks one after the other
+    segments = x.documents if not x.cut else walk.dstates.shape[0]
+    average = -(-segments * count // x.saved.a.shape[0]) + 2
+    enough = -(-2 * multiprocessors(x.q.device) * walk.halves // (2 * x.v.shape[1]))
+    width = min(segments, max(average, enough))
+    _reverse(
+        x, walk.dstates, walk.dfinal, walk.dh0, walk.carried, dleaving, walk.dv, halves=walk.halves,
+        segment=walk.segment, width=width, first=first, into=i % 2,
     )  # fmt: skip
-    ready(beta_gradient, smallest=SMALLEST_BETA[DTYPES[q.dtype]], **last)(
-        x.q, x.k, x.v, x.do, x.vd, dv, x.entering, dleaving, saved.gate, saved.rnorm, x.beta,
-        saved.cu_seqlens, pairs, dbeta, x.scale, x.bits,
+
+
+class Results(NamedTuple):
+    dq: torch.Tensor  # [L, Hk, K]
+    dk: torch.Tensor
+    dg: torch.Tensor  # [L, Hv] fp32
+    dbeta: torch.Tensor
+    pairs: torch.Tensor  # [blocks, 1 + pairs] int32, how many pairs hold a beta of nearly zero, and which
+
+    @staticmethod
+    def room(x: OpenBackward) -> "Results":
+        dg = x.saved.gate.new_empty(x.v.shape[:2])
+        pairs = torch.empty(64, 1 + x.vd.shape[0] * x.v.shape[1], dtype=torch.int32, device=x.q.device)
+        pairs[:, :1].zero_()
+        return Results(torch.empty_like(x.q), torch.empty_like(x.k), dg, torch.empty_like(dg), pairs)
+
+    def gradients(self, x: OpenBackward) -> Gradients:
+        q, k, v, g, beta = x.inputs
+        assert x.walk is not None
+        return Gradients(
+            self.dq.view(q.shape),
+            self.dk.view(k.shape),
+            x.walk.dv.view(v.shape),
+            self.dg.view(g.shape).to(g.dtype),
+            self.dbeta.view(beta.shape).to(beta.dtype),
+            x.walk.dh0,
+        )
+
+
+def _gradients(
+    x: OpenBackward, walk: Walk, dleaving: torch.Tensor, out: Results, first: int, i: int = 0
+) -> None:
+    saved = x.saved
+    block = slice(first, first + dleaving.shape[0])
+    vd, entering, gate = x.vd[block], x.entering[block], saved.gate[block]
+    rnorm = saved.rnorm[block] if x.normalize else saved.rnorm
+    pairs = out.pairs[i]
+    around = (vd, walk.dv, entering, dleaving, gate, rnorm, x.beta, saved.cu_seqlens)
+    sms = multiprocessors(x.q.device)
+    ready(gradients, ratio=x.v.shape[1] // x.k.shape[1], processors=CTAS * sms, **x.kind)(
+        x.q, x.k, x.do, *around, out.dq, out.dk, out.dg, out.dbeta, pairs, x.scale, x.bits, first,
     )  # fmt: skip
-    return Gradients(
-        dq.view(q.shape),
-        dk.view(k.shape),
-        dv.view(v.shape),
-        dg.view(g.shape).to(g.dtype),
-        dbeta.view(beta.shape).to(beta.dtype),
-        dh0,
-    )
+    ready(beta_gradient, smallest=SMALLEST_BETA[DTYPES[x.q.dtype]], processors=sms, **x.kind)(
+        x.q, x.k, x.v, x.do, *around, pairs, out.dbeta, x.scale, x.bits, first,
+    )  # fmt: skip
 
 
 def chunk_gdn_backward(
@@ -370,7 +451,5 @@ def chunk_gdn_backward(
     )
     if x.cut:
         _summarise(x)
-    else:
-        _walk(x, None)
     replay(x)
     return close_backward(x)

@@ -58,12 +58,12 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         return T.access_ptr(buffer[i, 0, 0], "rw")
 
     @T.macro
-    def find_item(item, cu, heads, documents, bits, doc, at):
-        """at <- chunk slot, key head, first token, tokens of the document from there on."""
+    def find_item(item, first, cu, heads, documents, bits, doc, at):
+        """at <- chunk slot from `first` on, key head, first token, tokens of the document from there on."""
         at[0] = T.truncdiv(item, heads)
         at[1] = item - at[0] * heads
-        find_document(cu, at[0], C, documents, bits, doc)
-        at[2] = cu[doc[0]] + (at[0] - T.truncdiv(cu[doc[0]], C) - doc[0]) * C
+        find_document(cu, first + at[0], C, documents, bits, doc)
+        at[2] = cu[doc[0]] + (first + at[0] - T.truncdiv(cu[doc[0]], C) - doc[0]) * C
         at[3] = cu[doc[0] + 1] - at[2]
 
     @T.macro
@@ -89,7 +89,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
 
     @T.macro
     def consume(w, group, qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project, dq, dk, cu,
-                scale, bits, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX, fullS, emptyS,
+                scale, bits, first, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX, fullS, emptyS,
                 fullD, emptyD, fullV, emptyV):  # fmt: skip
         M = T.alloc_local((32,), f32)
         QK = T.alloc_local((32,), f32)
@@ -100,7 +100,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         Id = T.alloc_local((32,), f32)
         rows = T.alloc_local((12,), f32)
         for it in T.serial(T.ceildiv(NC * Hk - bx, processors)):
-            find_item(bx + it * processors, cu, Hk, N1 - 1, bits, doc, at)
+            find_item(bx + it * processors, first, cu, Hk, N1 - 1, bits, doc, at)
             valid = at[3]
             if valid > 0:
                 first = count[0] * R
@@ -246,6 +246,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         pairs: T.Tensor((NP,), i32),
         scale: T.float32,
         bits: T.int32,
+        first: T.int32,
     ):
         with T.Kernel(processors, threads=384) as bx:
             T.import_source(SUMS + PRODUCTS + ACCUMULATORS)
@@ -289,12 +290,12 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                 group[0] = T.call_extern(i32, "gdn::uniform", tx // 128)
                 group[1] = T.call_extern(i32, "gdn::uniform", tx // 32 % 4)
                 consume(group[0], group, qk, xs, Ss, Ds, ms, gs, rk, logs, sums, traces, diagonal, project,
-                        dq, dk, cu, scale, bits, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX,
+                        dq, dk, cu, scale, bits, first, bx, tx, doc, at, count, fullQ, emptyQ, fullX, emptyX,
                         fullS, emptyS, fullD, emptyD, fullV, emptyV)  # fmt: skip
             else:
                 T.set_max_nreg(56, 0)
                 for it in T.serial(T.ceildiv(NC * Hk - bx, processors)):
-                    find_item(bx + it * processors, cu, Hk, N1 - 1, bits, doc, at)
+                    find_item(bx + it * processors, first, cu, Hk, N1 - 1, bits, doc, at)
                     if at[3] > 0:
                         slot, hk, row = at[0], at[1], at[2]
                         if tx < 288:

@@ -36,12 +36,15 @@ from .common import (
     ROW,
     TARGET,
     accumulator_layout,
+    find_document,
     find_segment,
     load_transposed,
     store_transposed,
     transposed_layout,
 )
 from .summary import LOG2_NEGLIGIBLE
+
+CHUNKS, COUNTS, FIRST = range(3)  # what find_walk leaves behind
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -53,6 +56,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     ND, NF, NR, NO = T.dynamic("ND"), T.dynamic("NF"), T.dynamic("NR"), T.dynamic("NO")
+    NB = T.dynamic("NB")
 
     @T.macro
     def send_rows(os_, dv, at, end, h, column, w, tx):
@@ -64,6 +68,50 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                 if at + r < end:
                     for y in T.vectorized(8):
                         dv[at + r, h, column + tx % 8 * 8 + y] = os_[w * C + r, tx % 8 * 8 + y]
+
+    @T.macro
+    def locate(cu, slot, segment, documents, bits, at, span, x):
+        """span[x] <- the segment in which a chunk's slot lies."""
+        find_document(cu, slot, C, documents, bits, at)
+        begin, doc = cu[at[DOC]], at[DOC]
+        part = T.truncdiv(slot - T.truncdiv(begin, C) - doc, segment)
+        span[x] = T.truncdiv(begin, segment * C) + doc + part
+
+    @T.macro
+    def find_block(cu, first, chunks, parts, segment, documents, bits, at, span, done):
+        span[0] = 0
+        span[1] = parts - 1
+        done[0] = 0
+        if store:
+            for x in T.unroll(2):
+                locate(cu, first + x * (chunks - 1), segment, documents, bits, at, span, x)
+
+    @T.macro
+    def find_walk(
+        cu, z, gate, h, segment, documents, bits, first, chunks, truncate, open_left, at, walk
+    ):
+        """A segment, what of it to walk, and whether the state behind it counts."""
+        find_segment(cu, z, segment, documents, bits, at)
+        walk[FIRST] = 0
+        walk[CHUNKS] = at[COUNT]
+        walk[COUNTS] = 1
+        if store:
+            walk[FIRST] = T.max(first - at[CHUNK_SLOT], 0)
+            end = T.min(at[COUNT], first + chunks - at[CHUNK_SLOT])
+            walk[CHUNKS] = T.max(end - walk[FIRST], 0)
+        else:
+            if at[PART] == 0 and at[DOC] >= open_left:
+                walk[CHUNKS] = 0
+            if truncate != 0 and walk[CHUNKS] > 0:
+                T.call_extern(
+                    "handle",
+                    "gdn::near_chunks",
+                    T.access_ptr(gate[at[CHUNK_SLOT], h, C - 1], "r"),
+                    -(Hv * C),
+                    at[COUNT],
+                    LOG2_NEGLIGIBLE,
+                    T.access_ptr(walk[CHUNKS], "w"),
+                )
 
     @T.prim_func
     def main(
@@ -78,16 +126,20 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
         dstates: T.Tensor((NS, Hv, K, V), f32),
         dfinal: T.Tensor((NF, Hv, K, V), f32),
         dinitial: T.Tensor((ND, Hv, K, V), f32),
+        carried: T.Tensor((NB, Hv, K, V), f32),
         dleaving: T.Tensor((NO, Hv, V, K), dtype),
         dv: T.Tensor((L, Hv, V), dtype),
         scale: T.float32,
+        width: T.int32,
+        first: T.int32,
+        into: T.int32,
         segment: T.int32,
         bits: T.int32,
         has_dfinal: T.int32,
         truncate: T.int32,
         open_left: T.int32,
     ):
-        with T.Kernel(V // BV, Hv, NS, threads=workers + 256) as (tile, h, z):
+        with T.Kernel(V // BV, Hv, width, threads=workers + 256) as (tile, h, z):
             T.import_source(SOURCE)
             ks = T.alloc_shared((stages, C, K), dtype)
             qs = T.alloc_shared((stages, C, K), dtype)
@@ -136,227 +188,258 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             tx = T.get_thread_binding()
 
             at = T.alloc_local((7,), i32)
-            find_segment(cu, z, segment, N1 - 1, bits, at)
-            near = T.alloc_local(
-                (2,), i32
-            )  # chunks to walk, and whether the state behind them counts
-            near[0] = at[COUNT]
-            near[1] = 1
-            if not store:
-                if at[PART] == 0 and at[DOC] >= open_left:
-                    near[0] = 0
-                if truncate != 0 and near[0] > 0:
-                    T.call_extern(
-                        "handle",
-                        "gdn::near_chunks",
-                        T.access_ptr(gate[at[CHUNK_SLOT], h, C - 1], "r"),
-                        -(Hv * C),
-                        at[COUNT],
-                        LOG2_NEGLIGIBLE,
-                        T.access_ptr(near[0], "w"),
-                    )
-            n = near[0]
-            row = at[ROW]
-            slot = at[CHUNK_SLOT]
+            walk = T.alloc_local((3,), i32)
+            done = T.alloc_local((1,), i32)  # chunks so far
+            span = T.alloc_local((2,), i32)  # segments of the block
 
             if tx < workers:
                 T.set_max_nreg(208 if halves == 2 else 240, 1)
-                T.clear(S)
-                if at[PART] == at[LAST]:
-                    if has_dfinal != 0 and near[1] != 0:
+                find_block(cu, first, NO, NS, segment, N1 - 1, bits, at, span, done)
+                for turn in T.serial(T.ceildiv(span[1] + 1 - span[0] - z, width)):
+                    part = span[0] + z + turn * width
+                    find_walk(
+                        cu, part, gate, h, segment, N1 - 1, bits, first, NO, truncate, open_left, at, walk,
+                    )  # fmt: skip
+                    n = walk[CHUNKS]
+                    row = at[ROW] + walk[FIRST] * C
+                    slot = at[CHUNK_SLOT] + walk[FIRST]
+                    T.clear(S)
+                    goes_on = at[CHUNK_SLOT] + at[COUNT] > first + NO if store else False
+                    if goes_on:
                         for x, y in T.Parallel(BV, K):
-                            S[x, y] = dfinal[at[DOC], h, y, tile * BV + x]
-                else:
-                    if store:
+                            S[x, y] = carried[1 - into, h, y, tile * BV + x]
+                    elif at[PART] == at[LAST]:
+                        if has_dfinal != 0 and walk[COUNTS] != 0:
+                            for x, y in T.Parallel(BV, K):
+                                S[x, y] = dfinal[at[DOC], h, y, tile * BV + x]
+                    elif store:
                         if n > 0:
                             for x, y in T.Parallel(BV, K):
-                                S[x, y] = dstates[z, h, y, tile * BV + x]
-                for i in T.serial(n):
-                    c = n - 1 - i
-                    s = i % stages
-                    b = i % 2
-                    T.mbarrier_wait_parity(full[s], (i // stages) % 2)
-                    decay = T.exp2(gs[s, C - 1])
-                    T.copy(S, Sb)
-                    if store:
-                        T.copy(S, Sf)
-                    for x, y in T.Parallel(BV, K):
-                        S[x, y] *= decay
-                    T.wgmma_gemm(
-                        Sb,
-                        ks[s, :, :],
-                        U,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    if store:
-                        T.tma_store_wait()
-                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        stage_state(Sf, ss, tx)
-                        if i > 0:
-                            store_transposed(Of, os_, tx // 128 * C, tx)
-                        T.call_extern("handle", "gdn::fence_shared")
-                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        if tx < 128:
-                            send_state(ss, dleaving, slot + c, h, tile * BV, 0)
-                            if i > 0:
-                                send_rows(os_, dv, row + (c + 1) * C, at[END], h, tile * BV, 0, tx)
-                        else:
-                            send_state(ss, dleaving, slot + c, h, tile * BV + BV - HALF, halves - 1)
-                            if i > 0:
-                                send_rows(
-                                    os_, dv, row + (c + 1) * C, at[END], h,
-                                    tile * BV + BV - HALF, halves - 1, tx,
-                                )  # fmt: skip
-                    load_transposed(xs, (s * halves + tx // 128) * C, Xf, tx)
-                    for x, y in T.Parallel(BV, C):
-                        Xa[x, y] = Xf[y, x]
-                    T.mbarrier_wait_parity(ready[b], (i // 2) % 2)
-                    T.wgmma_gemm(
-                        Xa,
-                        ps[b * C : (b + 1) * C, :],
-                        W,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    T.wait_wgmma(1)
-                    for x, y in T.Parallel(BV, C):
-                        U[x, y] *= eout[b, y]
-                    T.wait_wgmma(0)
-                    for x, y in T.Parallel(BV, C):
-                        Ub[x, y] = U[x, y] + W[x, y]
-                    T.wgmma_gemm(
-                        Ub, as_[s, :, :], U, clear_accum=True, policy=T.GemmWarpPolicy.FullRow
-                    )
-                    for x, y in T.Parallel(BV, C):
-                        Xb[x, y] = Xf[y, x] * eq[b, y]
-                    T.wgmma_gemm(Xb, qs[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
-                    T.wait_wgmma(1)
-                    for x, y in T.Parallel(BV, C):
-                        U[x, y] += Ub[x, y] * lost[b, y]
-                    for x, y in T.Parallel(BV, C):
-                        Wd[x, y] = U[x, y] * ein[b, y]
-                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
-                    if store:
-                        for x, y in T.Parallel(BV, C):
-                            Of[y, x] = U[x, y]
-                    T.wait_wgmma(0)
-                    T.mbarrier_arrive(empty[s])
-                    T.mbarrier_arrive(spent[b])
-                if store:
-                    if n > 0:
-                        T.tma_store_wait()
-                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        store_transposed(Of, os_, tx // 128 * C, tx)
-                        T.call_extern("handle", "gdn::fence_shared")
-                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        if tx < 128:
-                            send_rows(os_, dv, row, at[END], h, tile * BV, 0, tx)
-                        else:
-                            send_rows(
-                                os_, dv, row, at[END], h, tile * BV + BV - HALF, halves - 1, tx
-                            )
-                        T.tma_store_wait()
-                    if at[PART] == 0:
+                                S[x, y] = dstates[part, h, y, tile * BV + x]
+                    for i in T.serial(n):
+                        c = n - 1 - i
+                        s = (done[0] + i) % stages
+                        b = (done[0] + i) % 2
+                        T.mbarrier_wait_parity(full[s], ((done[0] + i) // stages) % 2)
+                        decay = T.exp2(gs[s, C - 1])
+                        T.copy(S, Sb)
+                        if store:
+                            T.copy(S, Sf)
                         for x, y in T.Parallel(BV, K):
-                            dinitial[at[DOC], h, y, tile * BV + x] = S[x, y]
-                else:
-                    if at[PART] <= at[LAST]:
-                        if at[PART] > 0 or at[DOC] < open_left:
+                            S[x, y] *= decay
+                        T.wgmma_gemm(
+                            Sb,
+                            ks[s, :, :],
+                            U,
+                            transpose_B=True,
+                            clear_accum=True,
+                            policy=T.GemmWarpPolicy.FullRow,
+                        )
+                        if store:
+                            T.tma_store_wait()
+                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                            stage_state(Sf, ss, tx)
+                            if i > 0:
+                                store_transposed(Of, os_, tx // 128 * C, tx)
+                            T.call_extern("handle", "gdn::fence_shared")
+                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                            if tx < 128:
+                                send_state(ss, dleaving, slot - first + c, h, tile * BV, 0)
+                                if i > 0:
+                                    send_rows(
+                                        os_, dv, row + (c + 1) * C, at[END], h, tile * BV, 0, tx
+                                    )
+                            else:
+                                send_state(
+                                    ss,
+                                    dleaving,
+                                    slot - first + c,
+                                    h,
+                                    tile * BV + BV - HALF,
+                                    halves - 1,
+                                )
+                                if i > 0:
+                                    send_rows(
+                                        os_, dv, row + (c + 1) * C, at[END], h,
+                                        tile * BV + BV - HALF, halves - 1, tx,
+                                    )  # fmt: skip
+                        load_transposed(xs, (s * halves + tx // 128) * C, Xf, tx)
+                        for x, y in T.Parallel(BV, C):
+                            Xa[x, y] = Xf[y, x]
+                        T.mbarrier_wait_parity(ready[b], ((done[0] + i) // 2) % 2)
+                        T.wgmma_gemm(
+                            Xa,
+                            ps[b * C : (b + 1) * C, :],
+                            W,
+                            clear_accum=True,
+                            policy=T.GemmWarpPolicy.FullRow,
+                        )
+                        T.wait_wgmma(1)
+                        for x, y in T.Parallel(BV, C):
+                            U[x, y] *= eout[b, y]
+                        T.wait_wgmma(0)
+                        for x, y in T.Parallel(BV, C):
+                            Ub[x, y] = U[x, y] + W[x, y]
+                        T.wgmma_gemm(
+                            Ub, as_[s, :, :], U, clear_accum=True, policy=T.GemmWarpPolicy.FullRow
+                        )
+                        for x, y in T.Parallel(BV, C):
+                            Xb[x, y] = Xf[y, x] * eq[b, y]
+                        T.wgmma_gemm(Xb, qs[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                        T.wait_wgmma(1)
+                        for x, y in T.Parallel(BV, C):
+                            U[x, y] += Ub[x, y] * lost[b, y]
+                        for x, y in T.Parallel(BV, C):
+                            Wd[x, y] = U[x, y] * ein[b, y]
+                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                        if store:
+                            for x, y in T.Parallel(BV, C):
+                                Of[y, x] = U[x, y]
+                        T.wait_wgmma(0)
+                        T.mbarrier_arrive(empty[s])
+                        T.mbarrier_arrive(spent[b])
+                    if store:
+                        if n > 0:
+                            T.tma_store_wait()
+                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                            store_transposed(Of, os_, tx // 128 * C, tx)
+                            T.call_extern("handle", "gdn::fence_shared")
+                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                            if tx < 128:
+                                send_rows(os_, dv, row, at[END], h, tile * BV, 0, tx)
+                            else:
+                                send_rows(
+                                    os_, dv, row, at[END], h, tile * BV + BV - HALF, halves - 1, tx
+                                )
+                            T.tma_store_wait()
+                        if walk[FIRST] > 0:
+                            if n > 0:
+                                for x, y in T.Parallel(BV, K):
+                                    carried[into, h, y, tile * BV + x] = S[x, y]
+                        elif at[PART] == 0:
                             for x, y in T.Parallel(BV, K):
-                                dstates[z, h, y, tile * BV + x] = S[x, y]
+                                dinitial[at[DOC], h, y, tile * BV + x] = S[x, y]
+                    else:
+                        if at[PART] <= at[LAST]:
+                            if at[PART] > 0 or at[DOC] < open_left:
+                                for x, y in T.Parallel(BV, K):
+                                    dstates[part, h, y, tile * BV + x] = S[x, y]
+                    done[0] += n
             else:
                 if tx < workers + 128:
                     T.set_max_nreg(72 if halves == 2 else 104, 0)
                     t = tx - workers
                     diagonal = T.alloc_local((1,), f32)
-                    for i in T.serial(n):
-                        c = n - 1 - i
-                        s = i % stages
-                        b = i % 2
-                        valid = at[END] - row - c * C
-                        diagonal[0] = 0.0
-                        if t < T.min(valid, C):
-                            diagonal[0] = T.cast(beta[row + c * C + t, h], f32)
-                        T.mbarrier_wait_parity(full[s], (i // stages) % 2)
-                        if halves == 1:  # there are registers for it
-                            T.wgmma_gemm(
-                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                            )
-                        if normalize:
-                            square[0] = T.call_extern(
-                                f32,
-                                "gdn::square_sum",
-                                T.access_ptr(qs[s, t // 2, t % 2 * (K // 2)], "r"),
-                                dtype == "float16",
-                            )
-                            square[0] += T.shfl_xor(square[0], 1)
-                            rq[t // 2] = scale * T.rsqrt(square[0] + 1e-6)
-                            T.call_extern("handle", "gdn::wait_named", 3)
-                        T.mbarrier_wait_parity(spent[b], (i // 2) % 2 ^ 1)
-                        if halves == 2:
-                            T.wgmma_gemm(
-                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                            )
-                        if t < C:
-                            G = gs[s, t]
-                            lost[b, t] = diagonal[0] - T.cast(as_[s, t, t], f32)
+                    find_block(cu, first, NO, NS, segment, N1 - 1, bits, at, span, done)
+                    for turn in T.serial(T.ceildiv(span[1] + 1 - span[0] - z, width)):
+                        part = span[0] + z + turn * width
+                        find_walk(
+                            cu, part, gate, h, segment, N1 - 1, bits, first, NO, truncate, open_left, at, walk,
+                        )  # fmt: skip
+                        n = walk[CHUNKS]
+                        row = at[ROW] + walk[FIRST] * C
+                        slot = at[CHUNK_SLOT] + walk[FIRST]
+                        for i in T.serial(n):
+                            c = n - 1 - i
+                            s = (done[0] + i) % stages
+                            b = (done[0] + i) % 2
+                            valid = at[END] - row - c * C
+                            diagonal[0] = 0.0
+                            if t < T.min(valid, C):
+                                diagonal[0] = T.cast(beta[row + c * C + t, h], f32)
+                            T.mbarrier_wait_parity(full[s], ((done[0] + i) // stages) % 2)
+                            if halves == 1:  # there are registers for it
+                                T.wgmma_gemm(
+                                    qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                                )
                             if normalize:
-                                ein[b, t] = -T.exp2(G) * rs[s, t]
-                                eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
-                                eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * rq[t], 0.0)
+                                square[0] = T.call_extern(
+                                    f32,
+                                    "gdn::square_sum",
+                                    T.access_ptr(qs[s, t // 2, t % 2 * (K // 2)], "r"),
+                                    dtype == "float16",
+                                )
+                                square[0] += T.shfl_xor(square[0], 1)
+                                rq[t // 2] = scale * T.rsqrt(square[0] + 1e-6)
+                                T.call_extern("handle", "gdn::wait_named", 3)
+                            T.mbarrier_wait_parity(spent[b], ((done[0] + i) // 2) % 2 ^ 1)
+                            if halves == 2:
+                                T.wgmma_gemm(
+                                    qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                                )
+                            if t < C:
+                                G = gs[s, t]
+                                lost[b, t] = diagonal[0] - T.cast(as_[s, t, t], f32)
+                                if normalize:
+                                    ein[b, t] = -T.exp2(G) * rs[s, t]
+                                    eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
+                                    eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * rq[t], 0.0)
+                                else:
+                                    ein[b, t] = -T.exp2(G)
+                                    eout[b, t] = T.exp2(gs[s, C - 1] - G)
+                                    eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * scale, 0.0)
+                            T.wait_wgmma(0)
+                            # the mask comes after the arithmetic: branches here cost more than exps
+                            for x, y in T.Parallel(C, C):
+                                P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
+                            if normalize:
+                                for x, y in T.Parallel(C, C):
+                                    P[x, y] *= rq[x] * rs[s, y]
                             else:
-                                ein[b, t] = -T.exp2(G)
-                                eout[b, t] = T.exp2(gs[s, C - 1] - G)
-                                eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * scale, 0.0)
-                        T.wait_wgmma(0)
-                        # the mask comes after the arithmetic: branches here cost more than exps
-                        for x, y in T.Parallel(C, C):
-                            P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                        if normalize:
+                                for x, y in T.Parallel(C, C):
+                                    P[x, y] *= scale
                             for x, y in T.Parallel(C, C):
-                                P[x, y] *= rq[x] * rs[s, y]
-                        else:
-                            for x, y in T.Parallel(C, C):
-                                P[x, y] *= scale
-                        for x, y in T.Parallel(C, C):
-                            P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
-                        if valid < C:
-                            for x, y in T.Parallel(C, C):
-                                P[x, y] = T.if_then_else(x < valid, P[x, y], 0.0)
-                        T.copy(P, Pb)
-                        T.copy(Pb, ps[b * C : (b + 1) * C, :])
-                        T.call_extern("handle", "gdn::fence_shared")
-                        if normalize:  # rq is read before the next chunk writes it
-                            T.call_extern("handle", "gdn::wait_named", 3)
-                        T.mbarrier_arrive(ready[b])
-                        T.mbarrier_arrive(empty[s])
+                                P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
+                            if valid < C:
+                                for x, y in T.Parallel(C, C):
+                                    P[x, y] = T.if_then_else(x < valid, P[x, y], 0.0)
+                            T.copy(P, Pb)
+                            T.copy(Pb, ps[b * C : (b + 1) * C, :])
+                            T.call_extern("handle", "gdn::fence_shared")
+                            if normalize:  # rq is read before the next chunk writes it
+                                T.call_extern("handle", "gdn::wait_named", 3)
+                            T.mbarrier_arrive(ready[b])
+                            T.mbarrier_arrive(empty[s])
+                        done[0] += n
                 else:
                     T.set_max_nreg(24, 0)
                     if tx < workers + 160:
                         hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
-                        for i in T.serial(n):
-                            c = n - 1 - i
-                            s = i % stages
-                            r0 = row + c * C
-                            T.mbarrier_wait_parity(empty[s], (i // stages) % 2 ^ 1)
-                            T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
-                            T.tma_copy(q[r0 : r0 + C, hk, :], qs[s, :, :], barrier=full[s])
-                            T.tma_copy(gate[slot + c, h, :], gs[s, :], barrier=full[s])
-                            if normalize:
-                                T.tma_copy(rnorm[slot + c, hk, :], rs[s, :], barrier=full[s])
-                            for half in range(halves):
-                                T.tma_copy(
-                                    do[
-                                        r0 : r0 + C,
-                                        h,
-                                        tile * BV + half * HALF : tile * BV + half * HALF + HALF,
-                                    ],
-                                    xs[(s * halves + half) * C : (s * halves + half + 1) * C, :],
-                                    barrier=full[s],
-                                )
-                            T.tma_copy(a[slot + c, h, :, :], as_[s, :, :], barrier=full[s])
-                            T.mbarrier_arrive(full[s])
+                        find_block(cu, first, NO, NS, segment, N1 - 1, bits, at, span, done)
+                        for turn in T.serial(T.ceildiv(span[1] + 1 - span[0] - z, width)):
+                            part = span[0] + z + turn * width
+                            find_walk(
+                                cu, part, gate, h, segment, N1 - 1, bits, first, NO, truncate, open_left, at, walk,
+                            )  # fmt: skip
+                            n = walk[CHUNKS]
+                            row = at[ROW] + walk[FIRST] * C
+                            slot = at[CHUNK_SLOT] + walk[FIRST]
+                            for i in T.serial(n):
+                                c = n - 1 - i
+                                s = (done[0] + i) % stages
+                                r0 = row + c * C
+                                T.mbarrier_wait_parity(empty[s], ((done[0] + i) // stages) % 2 ^ 1)
+                                T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
+                                T.tma_copy(q[r0 : r0 + C, hk, :], qs[s, :, :], barrier=full[s])
+                                T.tma_copy(gate[slot + c, h, :], gs[s, :], barrier=full[s])
+                                if normalize:
+                                    T.tma_copy(rnorm[slot + c, hk, :], rs[s, :], barrier=full[s])
+                                for half in range(halves):
+                                    T.tma_copy(
+                                        do[
+                                            r0 : r0 + C,
+                                            h,
+                                            tile * BV + half * HALF : tile * BV
+                                            + half * HALF
+                                            + HALF,
+                                        ],
+                                        xs[
+                                            (s * halves + half) * C : (s * halves + half + 1) * C, :
+                                        ],
+                                        barrier=full[s],
+                                    )
+                                T.tma_copy(a[slot + c, h, :, :], as_[s, :, :], barrier=full[s])
+                                T.mbarrier_arrive(full[s])
+                            done[0] += n
 
     return main

@@ -174,6 +174,26 @@ def test_late_gradients_of_a_batch():
     assert max(found.values()) < TOLERANCE, found
 
 
+@pytest.mark.parametrize("lengths, plan", [
+    ([1, 63, 64, 65, 200, 0, 130, 129, 700], None), ([700], (100, 2, False)), ([700, 65, 0], (3, 2, True)),
+    ([1, 64, 500, 3], (4, 1, True)), ([0, 0, 400, 0], None),
+])  # fmt: skip
+@pytest.mark.parametrize("block", [1, 2, 3, 5])
+def test_blocks_of_time(monkeypatch, poison, lengths, plan, block):
+    """A dS chain that goes on in the next block has the bits of one that does not."""
+    from cp_gdn.kernels import backward
+    from cp_gdn.kernels.plan import Plan
+
+    x = draw(lengths, 2, 4, gates="mixed", initial=True, device="cuda")
+    x.beta[:, ::9] = 0
+    y = draw_cotangents(x)
+    plan = None if plan is None else Plan(*plan)
+    want = forward_and_backward(x, y, plan=plan)
+    monkeypatch.setattr(backward, "_block", lambda *_: block)
+    got = forward_and_backward(x, y, plan=plan)
+    assert not [n for n, a, b in zip(NAMES, got, want, strict=True) if not torch.equal(a, b)]
+
+
 def test_capture_in_a_graph():
     x = draw([256, 100], 2, 4, device="cuda")
     y = draw_cotangents(x)
