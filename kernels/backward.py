@@ -75,7 +75,9 @@ class Walk:
     dv: torch.Tensor  # [L, Hv, V]
     dh0: torch.Tensor  # [N, Hv, K, V] fp32
     carried: torch.Tensor  # [2, Hv, K, V] fp32, what goes on from one block to the next
-    whole: torch.Tensor | None = None  # [NC, Hv, V, K], the dS that leaves each chunk, if all is there
+    whole: torch.Tensor | None = (
+        None  # [NC, Hv, V, K], the dS that leaves each chunk, if all is there
+    )
 
 
 @dataclass
@@ -96,10 +98,15 @@ class OpenBackward:
     open_left: int
     open_right: int
     truncate: bool
+    cut: bool  # the dS chain runs in the forward's segments
+    block: int  # chunk slots of a block of time
+    in_blocks: bool  # the states, too, are made and used block by block
+    entering: torch.Tensor  # [NC or block, Hv, V, K], the state that enters each chunk: replay's
+    vd: torch.Tensor  # [NC or block, Hv, 64, V]
+    pairs: (
+        torch.Tensor
+    )  # [blocks, 1 + pairs of a block] int32: those that hold a beta of nearly zero
     begun: torch.cuda.Event  # when the inputs were there
-    entering: torch.Tensor  # [NC, Hv, V, K], the state that enters each chunk: replay's
-    vd: torch.Tensor  # [NC, Hv, 64, V]
-    cut: bool = False  # the dS chain runs in the forward's segments
     external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of summarised segments
     walk: "Walk | None" = None
     replayed: torch.cuda.Event | None = None
@@ -107,6 +114,12 @@ class OpenBackward:
     @property
     def documents(self) -> int:
         return self.saved.cu_seqlens.numel() - 1
+
+    @property
+    def chunks(self) -> int:
+        """Chunk slots; the last one of a single sequence is never in use."""
+        slots = self.saved.a.shape[0]
+        return max(1, -(-self.q.shape[0] // CHUNK)) if self.documents == 1 else slots
 
     @property
     def bits(self) -> int:
@@ -154,28 +167,60 @@ def open_backward(
     opened = _open(
         q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
         keys_normalized, open_left, open_right,
+        cut=saved.plan.split and v.shape[2] * q.shape[0] < MANY_CHAINS,
     )  # fmt: skip
-    opened.cut = saved.plan.split and not _many(opened)
     if opened.cut:
         _summarise(opened)
     return opened
 
 
 def _open(
-    q, k, v, g, beta, saved, do, dfinal, scale, initial, normalize, normalized, left=0, right=0
+    q, k, v, g, beta, saved, do, dfinal, scale, initial, normalize, normalized, left=0, right=0, *,
+    cut, at_once=False,
 ):  # fmt: skip
     chunks, value_heads = saved.a.shape[:2]
     _check(q, saved, do, dfinal, v.shape[2])
     q_, k_, v_, do_, beta_ = (_flat(x) for x in (q, k, v, do, beta))
     dfinal, initial = (None if x is None else x.contiguous() for x in (dfinal, initial))
-    entering = q_.new_empty(chunks, value_heads, KEY_DIM, KEY_DIM)
-    vd = q_.new_empty(chunks, value_heads, CHUNK, KEY_DIM)
+    documents = saved.cu_seqlens.numel() - 1
+    in_blocks = at_once and cut and documents == 1
+    block = min(chunks, _block(chunks, documents, value_heads, saved.plan.segment if cut else 1))
+    room = chunks
+    if in_blocks:
+        room = block = min(chunks, -(-block // saved.plan.segment) * saved.plan.segment)
+    entering = q_.new_empty(room, value_heads, KEY_DIM, KEY_DIM)
+    vd = q_.new_empty(room, value_heads, CHUNK, KEY_DIM)
+    count = -(-chunks // block)  # at most
+    pairs = torch.empty(count, 1 + block * value_heads, dtype=torch.int32, device=q.device)
     begun = torch.cuda.current_stream(q.device).record_event()
     return OpenBackward(
         (q, k, v, g, beta), q_, k_, v_, do_, beta_, saved, dfinal, initial,
         KEY_DIM**-0.5 if scale is None else scale, normalize, left, right,
-        normalize or normalized, begun, entering, vd,
+        normalize or normalized, cut, block, in_blocks, entering, vd, pairs, begun,
     )  # fmt: skip
+
+
+BLOCK: int | None = None
+BUFFERS = 2
+BESIDE = False
+CTAS = 1
+HALVES: int | None = None
+UNCUT = False
+SERIAL = True
+FIRST = True
+
+
+def _block(chunks: int, documents: int, value_heads: int, segment: int) -> int:
+    """Chunk slots of a block of time, of which dS is in memory at once."""
+    return chunks if BLOCK is None else BLOCK
+
+
+def _halves(x: OpenBackward, chains: int) -> int:
+    """Both halves of the columns in a CTA where there are so many chains: the same bytes a second, once q
+    and k are read. Fewer are faster apart."""
+    if HALVES:
+        return HALVES
+    return 2 if 8 * chains >= 7 * multiprocessors(x.q.device) else 1
 
 
 def _summarise(x: OpenBackward) -> None:
@@ -240,26 +285,41 @@ def replay(opened: OpenBackward) -> None:
     """
     x = opened
     here = torch.cuda.current_stream(x.q.device)
+    if x.in_blocks:
+        x.pairs[:, :1].zero_()
+        return
     if _many(x):
+        x.pairs[:, :1].zero_()
         _replay(x)
         return
     beside = side_stream(x.q.device)
     beside.wait_event(here.record_event() if x.open_left else x.begun)
     with torch.cuda.stream(beside):
+        x.pairs[
+            :, :1
+        ].zero_()  # a dS chain that is launched beside it gets its multiprocessors first
         _replay(x)
         x.replayed = beside.record_event()
 
 
 def _many(x: OpenBackward) -> bool:
+    if SERIAL and not x.open_left and not x.open_right:
+        return x.v.shape[1] * x.documents >= 2 * MANY_CHAINS
     return x.v.shape[1] * x.inputs[0].shape[0] >= MANY_CHAINS
 
 
-def _replay(x: OpenBackward) -> None:
-    saved = x.saved
-    ready(replay_kernel, halves=saved.plan.halves, **x.kind)(
+def _replay(x: OpenBackward, first: int = 0, count: int | None = None) -> None:
+    """All of it, or of one sequence the segments that begin in a block."""
+    saved, segment = x.saved, x.saved.plan.segment
+    width = saved.states.shape[0]
+    halves = saved.plan.halves
+    if count is not None and count < x.chunks:
+        width = -(-count // segment)
+        halves = _halves(x, width * x.v.shape[1])
+    ready(replay_kernel, halves=halves, **x.kind)(
         x.k, x.v, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens,
-        saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd,
-        saved.plan.segment, x.bits, int(x.initial is not None),
+        saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd, width,
+        first // segment, segment, x.bits, int(x.initial is not None),
     )  # fmt: skip
 
 
@@ -294,50 +354,57 @@ def close_backward(opened: OpenBackward, *, incoming: torch.Tensor | None = None
     """
     x = opened
     incoming = _incoming(x, incoming)
-    out = Results.room(x)
+    if x.walk is None:
+        x.walk = _begin_walk(x, incoming)
+    walk, chunks = x.walk, x.chunks
     here = torch.cuda.current_stream(x.q.device)
-    if x.walk is not None and x.walk.whole is not None:
-        _wait(here, x.replayed)
-        _gradients(x, x.walk, x.walk.whole, out, 0)
-        return out.gradients(x)
-    walk = x.walk = _begin_walk(x, incoming)
-    blocks = _blocks(x, walk)
-    largest = max(count for _, count in blocks)
-    buffers = [x.entering.new_empty(largest, *x.entering.shape[1:]) for _ in range(min(BUFFERS, len(blocks)))]
+    dg = x.saved.gate.new_empty(x.v.shape[:2])
+    out = torch.empty_like(x.q), torch.empty_like(x.k), dg, torch.empty_like(dg)
+    size, pairs = (x.block, x.pairs) if walk.whole is None else (chunks, x.pairs.view(1, -1))
+    firsts = range(0, x.chunks, size)[::-1]
+    buffers = [walk.whole]
+    if walk.whole is None:
+        buffers = [
+            x.entering.new_empty(x.block, *x.entering.shape[1:])
+            for _ in range(min(BUFFERS if BESIDE else 1, len(firsts)))
+        ]
     chain = side_stream(x.q.device, urgent=True) if BESIDE else here
-    chain.wait_stream(here)
-    _wait(here, x.replayed)
+    if BESIDE:
+        chain.wait_stream(here)
+    if x.replayed is not None and not BESIDE:
+        here.wait_event(x.replayed)
     done = []
-    for i, (first, count) in enumerate(blocks):
-        dleaving = buffers[i % len(buffers)][:count]
-        if i >= len(buffers):
-            chain.wait_event(done[i - len(buffers)])
-        with torch.cuda.stream(chain):
-            _walk_block(x, walk, dleaving, first, i)
-            walked = chain.record_event()
-        here.wait_event(walked)
-        _gradients(x, walk, dleaving, out, first, i)
-        done.append(here.record_event())
-    return out.gradients(x)
-
-
-def _wait(stream, event: torch.cuda.Event | None) -> None:
-    if event is not None:
-        stream.wait_event(event)
-
-
-BLOCK: int | None = None
-BUFFERS = 2
-BESIDE = True
-CTAS = 1
-HALVES: int | None = None
-
-
-def _blocks(x: OpenBackward, walk: Walk) -> list[tuple[int, int]]:
-    """First chunk slot and number of chunk slots of each block of time, from the end."""
-    chunks = x.saved.a.shape[0]
-    size = chunks if BLOCK is None else BLOCK
-    return [(max(0, end - size), min(size, end)) for end in range(chunks, 0, -size)]
+    for i, first in enumerate(firsts):
+        count = min(size, x.chunks - first)
+        if x.in_blocks:
+            _replay(x, first, count)
+        if walk.whole is None:
+            dleaving = buffers[i % len(buffers)][:count]
+            if BESIDE and i >= len(buffers):
+                chain.wait_event(done[i - len(buffers)])
+            with torch.cuda.stream(chain):
+                _walk_block(x, walk, dleaving, first, i)
+                if BESIDE:
+                    walked = chain.record_event()
+            if BESIDE:
+                here.wait_event(walked)
+        else:
+            dleaving = walk.whole
+        if BESIDE and i == 0 and x.replayed is not None:
+            here.wait_event(x.replayed)
+        _gradients(x, walk, dleaving, out, pairs[i], first)
+        if BESIDE:
+            done.append(here.record_event())
+    q, k, v, g, beta = x.inputs
+    dq, dk, dg, dbeta = out
+    return Gradients(
+        dq.view(q.shape),
+        dk.view(k.shape),
+        walk.dv.view(v.shape),
+        dg.view(g.shape).to(g.dtype),
+        dbeta.view(beta.shape).to(beta.dtype),
+        walk.dh0,
+    )
 
 
 def _begin_walk(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
@@ -347,11 +414,11 @@ def _begin_walk(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
     if x.cut:
         dstates = torch.empty_like(saved.states)
         _scan(x, incoming, dstates, dstates, entering=False)
-        halves, segment = saved.plan.halves, saved.plan.segment
+        segment = saved.plan.segment
+        halves = _halves(x, -(-x.block // segment) * x.v.shape[1])
     else:
-        dstates, halves, segment = dh0, 1, _whole(x)
-    if HALVES:
-        halves = HALVES
+        dstates, segment = dh0, _whole(x)
+        halves = _halves(x, (x.documents * x.block // x.saved.a.shape[0] or 1) * x.v.shape[1])
     carried = dh0.new_empty(2, *dh0.shape[1:])
     return Walk(dstates, dfinal, halves, segment, torch.empty_like(x.v), dh0, carried)
 
@@ -360,7 +427,7 @@ def _walk_whole(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
     """The dS chain at once. Once."""
     if x.walk is None:
         x.walk = _begin_walk(x, incoming)
-        x.walk.whole = torch.empty_like(x.entering)
+        x.walk.whole = x.entering.new_empty(x.chunks, *x.entering.shape[1:])
         _walk_block(x, x.walk, x.walk.whole, 0, 0)
     return x.walk
 
@@ -378,49 +445,20 @@ def _walk_block(x: OpenBackward, walk: Walk, dleaving: torch.Tensor, first: int,
     )  # fmt: skip
 
 
-class Results(NamedTuple):
-    dq: torch.Tensor  # [L, Hk, K]
-    dk: torch.Tensor
-    dg: torch.Tensor  # [L, Hv] fp32
-    dbeta: torch.Tensor
-    pairs: torch.Tensor  # [blocks, 1 + pairs] int32, how many pairs hold a beta of nearly zero, and which
-
-    @staticmethod
-    def room(x: OpenBackward) -> "Results":
-        dg = x.saved.gate.new_empty(x.v.shape[:2])
-        pairs = torch.empty(64, 1 + x.vd.shape[0] * x.v.shape[1], dtype=torch.int32, device=x.q.device)
-        pairs[:, :1].zero_()
-        return Results(torch.empty_like(x.q), torch.empty_like(x.k), dg, torch.empty_like(dg), pairs)
-
-    def gradients(self, x: OpenBackward) -> Gradients:
-        q, k, v, g, beta = x.inputs
-        assert x.walk is not None
-        return Gradients(
-            self.dq.view(q.shape),
-            self.dk.view(k.shape),
-            x.walk.dv.view(v.shape),
-            self.dg.view(g.shape).to(g.dtype),
-            self.dbeta.view(beta.shape).to(beta.dtype),
-            x.walk.dh0,
-        )
-
-
-def _gradients(
-    x: OpenBackward, walk: Walk, dleaving: torch.Tensor, out: Results, first: int, i: int = 0
-) -> None:
-    saved = x.saved
+def _gradients(x: OpenBackward, walk: Walk, dleaving: torch.Tensor, out, pairs, first: int) -> None:
+    saved, sms = x.saved, multiprocessors(x.q.device)
     block = slice(first, first + dleaving.shape[0])
-    vd, entering, gate = x.vd[block], x.entering[block], saved.gate[block]
-    rnorm = saved.rnorm[block] if x.normalize else saved.rnorm
-    pairs = out.pairs[i]
-    around = (vd, walk.dv, entering, dleaving, gate, rnorm, x.beta, saved.cu_seqlens)
-    sms = multiprocessors(x.q.device)
+    states = slice(0, dleaving.shape[0]) if x.in_blocks else block
+    around = (
+        x.vd[states], walk.dv, x.entering[states], dleaving, saved.gate[block],
+        saved.rnorm[block] if x.normalize else saved.rnorm, x.beta, saved.cu_seqlens,
+    )  # fmt: skip
     ready(gradients, ratio=x.v.shape[1] // x.k.shape[1], processors=CTAS * sms, **x.kind)(
-        x.q, x.k, x.do, *around, out.dq, out.dk, out.dg, out.dbeta, pairs, x.scale, x.bits, first,
-    )  # fmt: skip
+        x.q, x.k, x.do, *around, *out, pairs, x.scale, x.bits, first
+    )
     ready(beta_gradient, smallest=SMALLEST_BETA[DTYPES[x.q.dtype]], processors=sms, **x.kind)(
-        x.q, x.k, x.v, x.do, *around, pairs, out.dbeta, x.scale, x.bits, first,
-    )  # fmt: skip
+        x.q, x.k, x.v, x.do, *around, pairs, out[3], x.scale, x.bits, first
+    )
 
 
 def chunk_gdn_backward(
@@ -440,16 +478,21 @@ def chunk_gdn_backward(
 ) -> Gradients:
     """Gradients of chunk_gdn_forward, whose arguments q to beta and keywords are repeated here; see
     open_backward. Between its kernels lie 1280 bytes a token and value head, free again on return."""
+    chains = v.shape[2] * q.shape[0]
+    documents = saved.cu_seqlens.numel() - 1
+    long = q.numel() >= STEADY * CHUNK * documents * q.shape[2] * q.shape[3]
+    cut = saved.plan.split and (
+        chains < ENOUGH_CHAINS or (long and v.shape[2] * documents < MANY_CHAINS)
+    )
+    if UNCUT:
+        cut = False
     x = _open(
         q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
-        keys_normalized,
+        keys_normalized, cut=cut, at_once=True,
     )  # fmt: skip
-    chains = v.shape[2] * q.shape[0]
-    long = q.numel() >= STEADY * CHUNK * x.documents * q.shape[2] * q.shape[3]
-    x.cut = saved.plan.split and (
-        chains < ENOUGH_CHAINS or (long and v.shape[2] * x.documents < MANY_CHAINS)
-    )
     if x.cut:
         _summarise(x)
+    elif FIRST and x.block == saved.a.shape[0] and not _many(x):
+        _walk_whole(x, None)
     replay(x)
     return close_backward(x)

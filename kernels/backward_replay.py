@@ -17,6 +17,7 @@ import tilelang.language as T
 from .backward_common import (
     SOURCE,
     send_state,
+    stage_rows,
     stage_state,
 )
 from .common import (
@@ -32,7 +33,6 @@ from .common import (
     accumulator_layout,
     find_segment,
     load_transposed,
-    store_transposed,
     transposed_layout,
 )
 
@@ -44,7 +44,7 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
     f32, i32 = "float32", "int32"
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
-    N0, NR = T.dynamic("N0"), T.dynamic("NR")
+    N0, NR, NO = T.dynamic("N0"), T.dynamic("NR"), T.dynamic("NO")
 
     @T.macro
     def send_rows(os_, vd, slot, h, column, w):
@@ -61,13 +61,15 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
         cu: T.Tensor((N1,), i32),
         initial: T.Tensor((N0, Hv, K, V), f32),
         states: T.Tensor((NS, Hv, K, V), f32),
-        entering: T.Tensor((NC, Hv, V, K), dtype),
-        vd: T.Tensor((NC, Hv, C, V), dtype),
+        entering: T.Tensor((NO, Hv, V, K), dtype),
+        vd: T.Tensor((NO, Hv, C, V), dtype),
+        width: T.int32,
+        first: T.int32,
         segment: T.int32,
         bits: T.int32,
         has_initial: T.int32,
     ):
-        with T.Kernel(V // BV, Hv, NS, threads=workers + 128) as (tile, h, z):
+        with T.Kernel(V // BV, Hv, width, threads=workers + 128) as (tile, h, at_segment):
             T.import_source(SOURCE)
             ks = T.alloc_shared((stages, C, K), dtype)
             as_ = T.alloc_shared((stages, C, C), dtype)
@@ -106,10 +108,12 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
             empty = T.alloc_barrier([workers] * stages)
             tx = T.get_thread_binding()
             at = T.alloc_local((7,), i32)
+            z = first + at_segment
             find_segment(cu, z, segment, N1 - 1, bits, at)
             n = at[COUNT]
             row = at[ROW]
             slot = at[CHUNK_SLOT]
+            kept = slot - first * segment  # of one document
 
             if tx < workers:
                 T.set_max_nreg(232, 1)
@@ -141,24 +145,24 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                     load_transposed(xs, (s * halves + tx // 128) * C, Xf, tx)
                     T.tma_store_wait()
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    stage_state(Sf, ss, tx)
+                    stage_state(Sf, ss, tx // 128, tx)
                     if c > 0:
-                        store_transposed(Of, os_, tx // 128 * C, tx)
+                        stage_rows(Of, os_, tx // 128, tx)
                     T.call_extern("handle", "gdn::fence_shared")
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                     if tx < 128:
-                        send_state(ss, entering, slot + c, h, tile * BV, 0)
+                        send_state(ss, entering, kept + c, h, tile * BV, 0)
                         if c > 0:
-                            send_rows(os_, vd, slot + c - 1, h, tile * BV, 0)
+                            send_rows(os_, vd, kept + c - 1, h, tile * BV, 0)
                     else:
                         send_state(
-                            ss, entering, slot + c, h, tile * BV + (halves - 1) * HALF, halves - 1
+                            ss, entering, kept + c, h, tile * BV + (halves - 1) * HALF, halves - 1
                         )
                         if c > 0:
                             send_rows(
                                 os_,
                                 vd,
-                                slot + c - 1,
+                                kept + c - 1,
                                 h,
                                 tile * BV + (halves - 1) * HALF,
                                 halves - 1,
@@ -192,14 +196,14 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                 if n > 0:
                     T.tma_store_wait()
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    store_transposed(Of, os_, tx // 128 * C, tx)
+                    stage_rows(Of, os_, tx // 128, tx)
                     T.call_extern("handle", "gdn::fence_shared")
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                     if tx < 128:
-                        send_rows(os_, vd, slot + n - 1, h, tile * BV, 0)
+                        send_rows(os_, vd, kept + n - 1, h, tile * BV, 0)
                     else:
                         send_rows(
-                            os_, vd, slot + n - 1, h, tile * BV + (halves - 1) * HALF, halves - 1
+                            os_, vd, kept + n - 1, h, tile * BV + (halves - 1) * HALF, halves - 1
                         )
                     T.tma_store_wait()
             else:

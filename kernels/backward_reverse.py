@@ -19,11 +19,7 @@ the diagonal of `a` is added in fp32 (backward_replay.py).
 import tilelang
 import tilelang.language as T
 
-from .backward_common import (
-    SOURCE,
-    send_state,
-    stage_state,
-)
+from .backward_common import SOURCE, send_state, stage_rows, stage_state
 from .common import (
     CHUNK,
     CHUNK_SLOT,
@@ -39,7 +35,6 @@ from .common import (
     find_document,
     find_segment,
     load_transposed,
-    store_transposed,
     transposed_layout,
 )
 from .summary import LOG2_NEGLIGIBLE
@@ -52,6 +47,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
     C, K, V, HALF = CHUNK, 128, 128, 64
     BV, workers = HALF * halves, 128 * halves
     stages = 3 if not store or halves == 1 else 2
+    ahead = halves == 1  # there are registers for it
     f32, i32 = "float32", "int32"
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
@@ -113,6 +109,39 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                     T.access_ptr(walk[CHUNKS], "w"),
                 )
 
+    @T.macro
+    def send(ss, os_, dleaving, dv, slot, row, rows, end, h, column, tx):
+        """A warpgroup's half of a state, and of the rows before it if there are."""
+        if tx < 128:
+            send_state(ss, dleaving, slot, h, column, 0)
+            if rows > 0:
+                send_rows(os_, dv, row, end, h, column, 0, tx)
+        else:
+            send_state(ss, dleaving, slot, h, column + HALF, 1)
+            if rows > 0:
+                send_rows(os_, dv, row, end, h, column + HALF, 1, tx)
+
+    @T.macro
+    def take_rows(xs, Xf, Xa, full, ready, j, tx):
+        """dO of a CTA's j-th chunk into registers, until its P is there, too."""
+        if ahead:
+            T.mbarrier_wait_parity(full[j % stages], (j // stages) % 2)
+        load_transposed(xs, (j % stages * halves + tx // 128) * C, Xf, tx)
+        for x, y in T.Parallel(BV, C):
+            Xa[x, y] = Xf[y, x]
+        T.mbarrier_wait_parity(ready[j % 2], (j // 2) % 2)
+
+    @T.macro
+    def multiply_rows(Xa, ps, W, j):
+        """W = dO^T P."""
+        T.wgmma_gemm(
+            Xa,
+            ps[j % 2 * C : (j % 2 + 1) * C, :],
+            W,
+            clear_accum=True,
+            policy=T.GemmWarpPolicy.FullRow,
+        )
+
     @T.prim_func
     def main(
         q: T.Tensor((L, Hk, K), dtype),
@@ -164,6 +193,8 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             Xa = T.alloc_fragment((BV, C), dtype)
             Xb = T.alloc_fragment((BV, C), dtype)
             Xf = T.alloc_fragment((C, BV), dtype)
+            E = T.alloc_fragment((BV, C), f32)
+            F = T.alloc_fragment((BV, C), f32)
             P = T.alloc_fragment((C, C), f32)
             Pb = T.alloc_fragment((C, C), dtype)
             layouts = {
@@ -174,8 +205,8 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             if store:
                 Sf = T.alloc_fragment((BV, K), dtype)
                 Of = T.alloc_fragment((C, BV), dtype)
-                ss = T.alloc_shared((halves * 2 * HALF, HALF), dtype)
-                os_ = T.alloc_shared((halves * C, HALF), dtype)
+                ss = T.alloc_shared((2 * 2 * HALF, HALF), dtype)
+                os_ = T.alloc_shared((2 * C, HALF), dtype)
                 layouts[Sf] = accumulator_layout(Sf)
                 layouts[Of] = transposed_layout(Of)
                 layouts[os_] = tilelang.layout.make_swizzled_layout(os_)
@@ -216,17 +247,23 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         if n > 0:
                             for x, y in T.Parallel(BV, K):
                                 S[x, y] = dstates[part, h, y, tile * BV + x]
+                    if ahead:
+                        if n > 0:
+                            take_rows(xs, Xf, Xa, full, ready, done[0], tx)
+                            multiply_rows(Xa, ps, W, done[0])
                     for i in T.serial(n):
                         c = n - 1 - i
                         s = (done[0] + i) % stages
                         b = (done[0] + i) % 2
-                        T.mbarrier_wait_parity(full[s], ((done[0] + i) // stages) % 2)
+                        if not ahead:
+                            T.mbarrier_wait_parity(full[s], ((done[0] + i) // stages) % 2)
                         decay = T.exp2(gs[s, C - 1])
                         T.copy(S, Sb)
                         if store:
                             T.copy(S, Sf)
-                        for x, y in T.Parallel(BV, K):
-                            S[x, y] *= decay
+                        if not ahead:
+                            for x, y in T.Parallel(BV, K):
+                                S[x, y] *= decay
                         T.wgmma_gemm(
                             Sb,
                             ks[s, :, :],
@@ -235,83 +272,99 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                             clear_accum=True,
                             policy=T.GemmWarpPolicy.FullRow,
                         )
-                        if store:
-                            T.tma_store_wait()
-                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                            stage_state(Sf, ss, tx)
-                            if i > 0:
-                                store_transposed(Of, os_, tx // 128 * C, tx)
-                            T.call_extern("handle", "gdn::fence_shared")
-                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                            if tx < 128:
-                                send_state(ss, dleaving, slot - first + c, h, tile * BV, 0)
+                        if ahead:
+                            for x, y in T.Parallel(BV, K):
+                                S[x, y] *= decay
+                            T.tma_store_wait(3)  # of the chunk before the last one
+                            T.call_extern("handle", "gdn::wait_named", 1)
+                            stage_state(Sf, ss, b, tx, "r")
+                            for x, y in T.Parallel(BV, C):
+                                Xb[x, y] = Xf[y, x] * eq[b, y]
+                            for x, y in T.Parallel(BV, C):
+                                E[x, y] = eout[b, y]
+                            T.wait_wgmma(0)
+                            for x, y in T.Parallel(BV, C):
+                                U[x, y] *= E[x, y]
+                        else:
+                            if store:
+                                T.tma_store_wait()
+                                T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                                stage_state(Sf, ss, tx // 128, tx)
                                 if i > 0:
-                                    send_rows(
-                                        os_, dv, row + (c + 1) * C, at[END], h, tile * BV, 0, tx
-                                    )
-                            else:
-                                send_state(
-                                    ss,
-                                    dleaving,
-                                    slot - first + c,
-                                    h,
-                                    tile * BV + BV - HALF,
-                                    halves - 1,
-                                )
-                                if i > 0:
-                                    send_rows(
-                                        os_, dv, row + (c + 1) * C, at[END], h,
-                                        tile * BV + BV - HALF, halves - 1, tx,
-                                    )  # fmt: skip
-                        load_transposed(xs, (s * halves + tx // 128) * C, Xf, tx)
-                        for x, y in T.Parallel(BV, C):
-                            Xa[x, y] = Xf[y, x]
-                        T.mbarrier_wait_parity(ready[b], ((done[0] + i) // 2) % 2)
-                        T.wgmma_gemm(
-                            Xa,
-                            ps[b * C : (b + 1) * C, :],
-                            W,
-                            clear_accum=True,
-                            policy=T.GemmWarpPolicy.FullRow,
-                        )
-                        T.wait_wgmma(1)
-                        for x, y in T.Parallel(BV, C):
-                            U[x, y] *= eout[b, y]
-                        T.wait_wgmma(0)
+                                    stage_rows(Of, os_, tx // 128, tx)
+                                T.call_extern("handle", "gdn::fence_shared")
+                                T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                                send(ss, os_, dleaving, dv, slot - first + c, row + (c + 1) * C, i,
+                                     at[END], h, tile * BV, tx)  # fmt: skip
+                            take_rows(xs, Xf, Xa, full, ready, done[0] + i, tx)
+                            multiply_rows(Xa, ps, W, done[0] + i)
+                            T.wait_wgmma(1)
+                            for x, y in T.Parallel(BV, C):
+                                U[x, y] *= eout[b, y]
+                            T.wait_wgmma(0)
                         for x, y in T.Parallel(BV, C):
                             Ub[x, y] = U[x, y] + W[x, y]
                         T.wgmma_gemm(
-                            Ub, as_[s, :, :], U, clear_accum=True, policy=T.GemmWarpPolicy.FullRow
+                            Ub,
+                            as_[s, :, :],
+                            U,
+                            clear_accum=True,
+                            policy=T.GemmWarpPolicy.FullRow,
                         )
-                        for x, y in T.Parallel(BV, C):
-                            Xb[x, y] = Xf[y, x] * eq[b, y]
+                        if not ahead:
+                            for x, y in T.Parallel(BV, C):
+                                Xb[x, y] = Xf[y, x] * eq[b, y]
                         T.wgmma_gemm(Xb, qs[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
-                        T.wait_wgmma(1)
-                        for x, y in T.Parallel(BV, C):
-                            U[x, y] += Ub[x, y] * lost[b, y]
-                        for x, y in T.Parallel(BV, C):
-                            Wd[x, y] = U[x, y] * ein[b, y]
+                        if ahead:
+                            for x, y in T.Parallel(BV, C):
+                                E[x, y] = lost[b, y]
+                            for x, y in T.Parallel(BV, C):
+                                F[x, y] = ein[b, y]
+                            T.wait_wgmma(1)
+                            for x, y in T.Parallel(BV, C):
+                                U[x, y] += Ub[x, y] * E[x, y]
+                            for x, y in T.Parallel(BV, C):
+                                Wd[x, y] = U[x, y] * F[x, y]
+                        else:
+                            T.wait_wgmma(1)
+                            for x, y in T.Parallel(BV, C):
+                                U[x, y] += Ub[x, y] * lost[b, y]
+                            for x, y in T.Parallel(BV, C):
+                                Wd[x, y] = U[x, y] * ein[b, y]
                         T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
                         if store:
                             for x, y in T.Parallel(BV, C):
                                 Of[y, x] = U[x, y]
-                        T.wait_wgmma(0)
+                        if ahead:
+                            stage_rows(Of, os_, b, tx, "r")
+                            T.call_extern("handle", "gdn::fence_shared")
+                            T.call_extern("handle", "gdn::wait_named", 1)
+                            send_state(ss, dleaving, slot - first + c, h, tile * BV, b)
+                            send_rows(os_, dv, row + c * C, at[END], h, tile * BV, b, tx)
+                            # P^T dO of the next chunk, which needs no state; at last the same again
+                            following = done[0] + T.min(i + 1, n - 1)
+                            take_rows(xs, Xf, Xa, full, ready, following, tx)
+                            multiply_rows(Xa, ps, W, following)
+                            T.wait_wgmma(1)
+                        else:
+                            T.wait_wgmma(0)
                         T.mbarrier_arrive(empty[s])
                         T.mbarrier_arrive(spent[b])
-                    if store:
+                    if ahead:
+                        T.wait_wgmma(0)
+                    elif store:
                         if n > 0:
                             T.tma_store_wait()
                             T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                            store_transposed(Of, os_, tx // 128 * C, tx)
+                            stage_rows(Of, os_, tx // 128, tx)
                             T.call_extern("handle", "gdn::fence_shared")
                             T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                             if tx < 128:
                                 send_rows(os_, dv, row, at[END], h, tile * BV, 0, tx)
                             else:
-                                send_rows(
-                                    os_, dv, row, at[END], h, tile * BV + BV - HALF, halves - 1, tx
-                                )
-                            T.tma_store_wait()
+                                send_rows(os_, dv, row, at[END], h, tile * BV + HALF, 1, tx)
+                    if store:
+                        T.tma_store_wait()
                         if walk[FIRST] > 0:
                             if n > 0:
                                 for x, y in T.Parallel(BV, K):
