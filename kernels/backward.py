@@ -13,6 +13,7 @@ here reads the device, and two calls on the same inputs give the same bits.
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ from .reverse_scan import reverse_scan
 # Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU, and from
 # which they take no longer than the replay beside them unless they are long or have to wait.
 MANY_CHAINS, ENOUGH_CHAINS = 64, 32
+BETWEEN = 1280  # bytes a token and value head between the kernels: S, dS, Vd
+FULL = 7 / 8  # of the multiprocessors
+LARGE = 2**30  # so many of them, and a single sequence goes block by block
 
 
 class Gradients(NamedTuple):
@@ -119,7 +123,7 @@ class OpenBackward:
     def chunks(self) -> int:
         """Chunk slots; the last one of a single sequence is never in use."""
         slots = self.saved.a.shape[0]
-        return max(1, -(-self.q.shape[0] // CHUNK)) if self.documents == 1 else slots
+        return max(1, ceil(self.q.shape[0] / CHUNK)) if self.documents == 1 else slots
 
     @property
     def bits(self) -> int:
@@ -182,16 +186,14 @@ def _open(
     _check(q, saved, do, dfinal, v.shape[2])
     q_, k_, v_, do_, beta_ = (_flat(x) for x in (q, k, v, do, beta))
     dfinal, initial = (None if x is None else x.contiguous() for x in (dfinal, initial))
-    documents = saved.cu_seqlens.numel() - 1
-    in_blocks = at_once and cut and documents == 1
-    block = min(chunks, _block(chunks, documents, value_heads, saved.plan.segment if cut else 1))
-    room = chunks
-    if in_blocks:
-        room = block = min(chunks, -(-block // saved.plan.segment) * saved.plan.segment)
+    block = _block(saved, cut, multiprocessors(q.device))
+    in_blocks = at_once and cut and block < chunks and saved.cu_seqlens.numel() == 2
+    room = block if in_blocks else chunks
     entering = q_.new_empty(room, value_heads, KEY_DIM, KEY_DIM)
     vd = q_.new_empty(room, value_heads, CHUNK, KEY_DIM)
-    count = -(-chunks // block)  # at most
-    pairs = torch.empty(count, 1 + block * value_heads, dtype=torch.int32, device=q.device)
+    pairs = torch.empty(
+        ceil(chunks / block), 1 + block * value_heads, dtype=torch.int32, device=q.device
+    )
     begun = torch.cuda.current_stream(q.device).record_event()
     return OpenBackward(
         (q, k, v, g, beta), q_, k_, v_, do_, beta_, saved, dfinal, initial,
@@ -200,27 +202,23 @@ def _open(
     )  # fmt: skip
 
 
-BLOCK: int | None = None
-BUFFERS = 2
-BESIDE = False
-CTAS = 1
-HALVES: int | None = None
-UNCUT = False
-SERIAL = True
-FIRST = True
-
-
-def _block(chunks: int, documents: int, value_heads: int, segment: int) -> int:
-    """Chunk slots of a block of time, of which dS is in memory at once."""
-    return chunks if BLOCK is None else BLOCK
+def _block(saved: Saved, cut: bool, processors: int) -> int:
+    """Chunk slots of a block of time. One long sequence has several, whole segments that fill the GPU or,
+    where chains are not cut, a third of it; packed documents would fill the GPU worse."""
+    chunks, heads = saved.a.shape[:2]
+    many = cut or heads >= MANY_CHAINS
+    if saved.cu_seqlens.numel() > 2 or not many or chunks * CHUNK * heads * BETWEEN < LARGE:
+        return chunks
+    if not cut:
+        return ceil(chunks / 3)
+    segment = saved.plan.segment
+    return min(chunks, segment * min(ceil(FULL * processors / heads), ceil(chunks / segment / 2)))
 
 
 def _halves(x: OpenBackward, chains: int) -> int:
-    """Both halves of the columns in a CTA where there are so many chains: the same bytes a second, once q
-    and k are read. Fewer are faster apart."""
-    if HALVES:
-        return HALVES
-    return 2 if 8 * chains >= 7 * multiprocessors(x.q.device) else 1
+    """Half the columns of a value head are a CTA's where chains are few and their latency counts. Where
+    they fill the GPU both halves are: bytes count, and q, k and `a` are read once."""
+    return 2 if chains >= FULL * multiprocessors(x.q.device) else 1
 
 
 def _summarise(x: OpenBackward) -> None:
@@ -303,8 +301,6 @@ def replay(opened: OpenBackward) -> None:
 
 
 def _many(x: OpenBackward) -> bool:
-    if SERIAL and not x.open_left and not x.open_right:
-        return x.v.shape[1] * x.documents >= 2 * MANY_CHAINS
     return x.v.shape[1] * x.inputs[0].shape[0] >= MANY_CHAINS
 
 
@@ -314,7 +310,7 @@ def _replay(x: OpenBackward, first: int = 0, count: int | None = None) -> None:
     width = saved.states.shape[0]
     halves = saved.plan.halves
     if count is not None and count < x.chunks:
-        width = -(-count // segment)
+        width = ceil(count / segment)
         halves = _halves(x, width * x.v.shape[1])
     ready(replay_kernel, halves=halves, **x.kind)(
         x.k, x.v, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens,
@@ -356,45 +352,23 @@ def close_backward(opened: OpenBackward, *, incoming: torch.Tensor | None = None
     incoming = _incoming(x, incoming)
     if x.walk is None:
         x.walk = _begin_walk(x, incoming)
-    walk, chunks = x.walk, x.chunks
-    here = torch.cuda.current_stream(x.q.device)
+    walk, here = x.walk, torch.cuda.current_stream(x.q.device)
     dg = x.saved.gate.new_empty(x.v.shape[:2])
     out = torch.empty_like(x.q), torch.empty_like(x.k), dg, torch.empty_like(dg)
-    size, pairs = (x.block, x.pairs) if walk.whole is None else (chunks, x.pairs.view(1, -1))
-    firsts = range(0, x.chunks, size)[::-1]
-    buffers = [walk.whole]
-    if walk.whole is None:
-        buffers = [
-            x.entering.new_empty(x.block, *x.entering.shape[1:])
-            for _ in range(min(BUFFERS if BESIDE else 1, len(firsts)))
-        ]
-    chain = side_stream(x.q.device, urgent=True) if BESIDE else here
-    if BESIDE:
-        chain.wait_stream(here)
-    if x.replayed is not None and not BESIDE:
+    block, pairs, buffer = x.block, x.pairs, walk.whole
+    if buffer is None:
+        buffer = x.entering.new_empty(block, *x.entering.shape[1:])
+    else:
+        block, pairs = x.chunks, x.pairs.view(1, -1)
+    if x.replayed is not None:
         here.wait_event(x.replayed)
-    done = []
-    for i, first in enumerate(firsts):
-        count = min(size, x.chunks - first)
+    for i, first in enumerate(reversed(range(0, x.chunks, block))):
+        dleaving = buffer[: x.chunks - first]
         if x.in_blocks:
-            _replay(x, first, count)
+            _replay(x, first, dleaving.shape[0])
         if walk.whole is None:
-            dleaving = buffers[i % len(buffers)][:count]
-            if BESIDE and i >= len(buffers):
-                chain.wait_event(done[i - len(buffers)])
-            with torch.cuda.stream(chain):
-                _walk_block(x, walk, dleaving, first, i)
-                if BESIDE:
-                    walked = chain.record_event()
-            if BESIDE:
-                here.wait_event(walked)
-        else:
-            dleaving = walk.whole
-        if BESIDE and i == 0 and x.replayed is not None:
-            here.wait_event(x.replayed)
+            _walk_block(x, walk, dleaving, first, i)
         _gradients(x, walk, dleaving, out, pairs[i], first)
-        if BESIDE:
-            done.append(here.record_event())
     q, k, v, g, beta = x.inputs
     dq, dk, dg, dbeta = out
     return Gradients(
@@ -415,10 +389,10 @@ def _begin_walk(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
         dstates = torch.empty_like(saved.states)
         _scan(x, incoming, dstates, dstates, entering=False)
         segment = saved.plan.segment
-        halves = _halves(x, -(-x.block // segment) * x.v.shape[1])
+        halves = _halves(x, ceil(x.block / segment) * x.v.shape[1])
     else:
         dstates, segment = dh0, _whole(x)
-        halves = _halves(x, (x.documents * x.block // x.saved.a.shape[0] or 1) * x.v.shape[1])
+        halves = _halves(x, x.documents * x.v.shape[1])
     carried = dh0.new_empty(2, *dh0.shape[1:])
     return Walk(dstates, dfinal, halves, segment, torch.empty_like(x.v), dh0, carried)
 
@@ -433,15 +407,17 @@ def _walk_whole(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
 
 
 def _walk_block(x: OpenBackward, walk: Walk, dleaving: torch.Tensor, first: int, i: int) -> None:
-    count = dleaving.shape[0]
-    # a document more adds a segment at most; where there are many, a CTA walks one after the other
-    segments = x.documents if not x.cut else walk.dstates.shape[0]
-    average = -(-segments * count // x.saved.a.shape[0]) + 2
-    enough = -(-2 * multiprocessors(x.q.device) * walk.halves // (2 * x.v.shape[1]))
-    width = min(segments, max(average, enough))
+    """The i-th block from the end, chunk slots from `first` on."""
+    heads, chunks = x.v.shape[1], x.saved.a.shape[0]
+    segments = walk.dstates.shape[0]
+    # those of an average block, or more if they do not fill the GPU; a CTA walks what is left after its own
+    width = max(
+        ceil(segments * dleaving.shape[0] / chunks) + 2,
+        ceil(multiprocessors(x.q.device) * walk.halves / heads),
+    )
     _reverse(
         x, walk.dstates, walk.dfinal, walk.dh0, walk.carried, dleaving, walk.dv, halves=walk.halves,
-        segment=walk.segment, width=width, first=first, into=i % 2,
+        segment=walk.segment, width=min(segments, width), first=first, into=i % 2,
     )  # fmt: skip
 
 
@@ -453,7 +429,7 @@ def _gradients(x: OpenBackward, walk: Walk, dleaving: torch.Tensor, out, pairs, 
         x.vd[states], walk.dv, x.entering[states], dleaving, saved.gate[block],
         saved.rnorm[block] if x.normalize else saved.rnorm, x.beta, saved.cu_seqlens,
     )  # fmt: skip
-    ready(gradients, ratio=x.v.shape[1] // x.k.shape[1], processors=CTAS * sms, **x.kind)(
+    ready(gradients, ratio=x.v.shape[1] // x.k.shape[1], processors=sms, **x.kind)(
         x.q, x.k, x.do, *around, *out, pairs, x.scale, x.bits, first
     )
     ready(beta_gradient, smallest=SMALLEST_BETA[DTYPES[x.q.dtype]], processors=sms, **x.kind)(
@@ -484,15 +460,13 @@ def chunk_gdn_backward(
     cut = saved.plan.split and (
         chains < ENOUGH_CHAINS or (long and v.shape[2] * documents < MANY_CHAINS)
     )
-    if UNCUT:
-        cut = False
     x = _open(
         q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
         keys_normalized, cut=cut, at_once=True,
     )  # fmt: skip
     if x.cut:
         _summarise(x)
-    elif FIRST and x.block == saved.a.shape[0] and not _many(x):
-        _walk_whole(x, None)
+    elif x.block >= x.chunks and not _many(x):
+        _walk_whole(x, None)  # before the replay beside it, which would take the multiprocessors
     replay(x)
     return close_backward(x)

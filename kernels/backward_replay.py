@@ -145,9 +145,9 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                     load_transposed(xs, (s * halves + tx // 128) * C, Xf, tx)
                     T.tma_store_wait()
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    stage_state(Sf, ss, tx // 128, tx)
+                    stage_state(Sf, ss, tx)
                     if c > 0:
-                        stage_rows(Of, os_, tx // 128, tx)
+                        stage_rows(Of, os_, tx)
                     T.call_extern("handle", "gdn::fence_shared")
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                     if tx < 128:
@@ -196,7 +196,7 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                 if n > 0:
                     T.tma_store_wait()
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    stage_rows(Of, os_, tx // 128, tx)
+                    stage_rows(Of, os_, tx)
                     T.call_extern("handle", "gdn::fence_shared")
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                     if tx < 128:

@@ -54,6 +54,10 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
     ND, NF, NR, NO = T.dynamic("ND"), T.dynamic("NF"), T.dynamic("NR"), T.dynamic("NO")
     NB = T.dynamic("NB")
 
+    def product(x, y):
+        """Not fused with the sum that follows: there is a wait in between where halves == 2."""
+        return T.call_extern(f32, "__fmul_rn", x, y)
+
     @T.macro
     def send_rows(os_, dv, at, end, h, column, w, tx):
         if at + C <= end:
@@ -117,9 +121,9 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             if rows > 0:
                 send_rows(os_, dv, row, end, h, column, 0, tx)
         else:
-            send_state(ss, dleaving, slot, h, column + HALF, 1)
+            send_state(ss, dleaving, slot, h, column + BV - HALF, halves - 1)
             if rows > 0:
-                send_rows(os_, dv, row, end, h, column + HALF, 1, tx)
+                send_rows(os_, dv, row, end, h, column + BV - HALF, halves - 1, tx)
 
     @T.macro
     def take_rows(xs, Xf, Xa, full, ready, j, tx):
@@ -205,8 +209,8 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             if store:
                 Sf = T.alloc_fragment((BV, K), dtype)
                 Of = T.alloc_fragment((C, BV), dtype)
-                ss = T.alloc_shared((2 * 2 * HALF, HALF), dtype)
-                os_ = T.alloc_shared((2 * C, HALF), dtype)
+                ss = T.alloc_shared((halves * 2 * HALF, HALF), dtype)
+                os_ = T.alloc_shared((halves * C, HALF), dtype)
                 layouts[Sf] = accumulator_layout(Sf)
                 layouts[Of] = transposed_layout(Of)
                 layouts[os_] = tilelang.layout.make_swizzled_layout(os_)
@@ -275,27 +279,25 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         if ahead:
                             for x, y in T.Parallel(BV, K):
                                 S[x, y] *= decay
-                            T.tma_store_wait(3)  # of the chunk before the last one
-                            T.call_extern("handle", "gdn::wait_named", 1)
-                            stage_state(Sf, ss, b, tx, "r")
+                        if store:
+                            T.tma_store_wait()
+                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                            stage_state(Sf, ss, tx)
+                            if i > 0:
+                                stage_rows(Of, os_, tx)
+                            T.call_extern("handle", "gdn::fence_shared")
+                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                            send(ss, os_, dleaving, dv, slot - first + c, row + (c + 1) * C, i, at[END],
+                                 h, tile * BV, tx)  # fmt: skip
+                        if ahead:
                             for x, y in T.Parallel(BV, C):
                                 Xb[x, y] = Xf[y, x] * eq[b, y]
                             for x, y in T.Parallel(BV, C):
                                 E[x, y] = eout[b, y]
                             T.wait_wgmma(0)
                             for x, y in T.Parallel(BV, C):
-                                U[x, y] *= E[x, y]
+                                U[x, y] = product(U[x, y], E[x, y])
                         else:
-                            if store:
-                                T.tma_store_wait()
-                                T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                                stage_state(Sf, ss, tx // 128, tx)
-                                if i > 0:
-                                    stage_rows(Of, os_, tx // 128, tx)
-                                T.call_extern("handle", "gdn::fence_shared")
-                                T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                                send(ss, os_, dleaving, dv, slot - first + c, row + (c + 1) * C, i,
-                                     at[END], h, tile * BV, tx)  # fmt: skip
                             take_rows(xs, Xf, Xa, full, ready, done[0] + i, tx)
                             multiply_rows(Xa, ps, W, done[0] + i)
                             T.wait_wgmma(1)
@@ -305,11 +307,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         for x, y in T.Parallel(BV, C):
                             Ub[x, y] = U[x, y] + W[x, y]
                         T.wgmma_gemm(
-                            Ub,
-                            as_[s, :, :],
-                            U,
-                            clear_accum=True,
-                            policy=T.GemmWarpPolicy.FullRow,
+                            Ub, as_[s, :, :], U, clear_accum=True, policy=T.GemmWarpPolicy.FullRow
                         )
                         if not ahead:
                             for x, y in T.Parallel(BV, C):
@@ -335,13 +333,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         if store:
                             for x, y in T.Parallel(BV, C):
                                 Of[y, x] = U[x, y]
-                        if ahead:
-                            stage_rows(Of, os_, b, tx, "r")
-                            T.call_extern("handle", "gdn::fence_shared")
-                            T.call_extern("handle", "gdn::wait_named", 1)
-                            send_state(ss, dleaving, slot - first + c, h, tile * BV, b)
-                            send_rows(os_, dv, row + c * C, at[END], h, tile * BV, b, tx)
-                            # P^T dO of the next chunk, which needs no state; at last the same again
+                        if ahead:  # the next chunk's P^T dO needs no state; after the last, this one's again
                             following = done[0] + T.min(i + 1, n - 1)
                             take_rows(xs, Xf, Xa, full, ready, following, tx)
                             multiply_rows(Xa, ps, W, following)
@@ -352,19 +344,20 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         T.mbarrier_arrive(spent[b])
                     if ahead:
                         T.wait_wgmma(0)
-                    elif store:
+                    if store:
                         if n > 0:
                             T.tma_store_wait()
                             T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                            stage_rows(Of, os_, tx // 128, tx)
+                            stage_rows(Of, os_, tx)
                             T.call_extern("handle", "gdn::fence_shared")
                             T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                             if tx < 128:
                                 send_rows(os_, dv, row, at[END], h, tile * BV, 0, tx)
                             else:
-                                send_rows(os_, dv, row, at[END], h, tile * BV + HALF, 1, tx)
-                    if store:
-                        T.tma_store_wait()
+                                send_rows(
+                                    os_, dv, row, at[END], h, tile * BV + BV - HALF, halves - 1, tx
+                                )
+                            T.tma_store_wait()
                         if walk[FIRST] > 0:
                             if n > 0:
                                 for x, y in T.Parallel(BV, K):

@@ -28,6 +28,6 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def side_stream(device: torch.device, *, urgent: bool = False) -> torch.cuda.Stream:
-    """A stream for work beside the current one; an urgent one's CTAs come first."""
-    return torch.cuda.Stream(device, priority=-1 if urgent else 0)
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream for work beside the current one."""
+    return torch.cuda.Stream(device)
