@@ -10,6 +10,11 @@ the gradient of their last state arrives while the states are replayed. The dS c
 segments (summaries, reverse_scan, reverse), or over whole sequences where there are many: then what
 enters a sequence that nothing comes into is the chain's own result, known before the replay. Nothing
 here reads the device, and two calls on the same inputs give the same bits.
+
+A long sequence is walked in blocks of time, from its end to its front: the dS chain of a block goes on
+from the fp32 dS that the one behind it left, its gradients follow, and its dS (where chains are cut
+into segments, its states and Vd, too) lies where that of the block behind it lay. The bits are those
+of one block.
 """
 
 from dataclasses import dataclass
@@ -79,9 +84,7 @@ class Walk:
     dv: torch.Tensor  # [L, Hv, V]
     dh0: torch.Tensor  # [N, Hv, K, V] fp32
     carried: torch.Tensor  # [2, Hv, K, V] fp32, what goes on from one block to the next
-    whole: torch.Tensor | None = (
-        None  # [NC, Hv, V, K], the dS that leaves each chunk, if all is there
-    )
+    whole: torch.Tensor | None = None  # [NC, Hv, V, K], dS after each chunk, where all is there
 
 
 @dataclass
@@ -107,9 +110,7 @@ class OpenBackward:
     in_blocks: bool  # the states, too, are made and used block by block
     entering: torch.Tensor  # [NC or block, Hv, V, K], the state that enters each chunk: replay's
     vd: torch.Tensor  # [NC or block, Hv, 64, V]
-    pairs: (
-        torch.Tensor
-    )  # [blocks, 1 + pairs of a block] int32: those that hold a beta of nearly zero
+    pairs: torch.Tensor  # [blocks, 1 + pairs] int32: how many hold a beta of nearly zero, which
     begun: torch.cuda.Event  # when the inputs were there
     external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of summarised segments
     walk: "Walk | None" = None
@@ -453,7 +454,8 @@ def chunk_gdn_backward(
     keys_normalized: bool = False,
 ) -> Gradients:
     """Gradients of chunk_gdn_forward, whose arguments q to beta and keywords are repeated here; see
-    open_backward. Between its kernels lie 1280 bytes a token and value head, free again on return."""
+    open_backward. Between its kernels lie at most 1280 bytes a token and value head, free again on
+    return; of a long sequence less (`_block`)."""
     chains = v.shape[2] * q.shape[0]
     documents = saved.cu_seqlens.numel() - 1
     long = q.numel() >= STEADY * CHUNK * documents * q.shape[2] * q.shape[3]

@@ -5,7 +5,8 @@
 with G the cumulative log gate of a chunk, gamma = exp(G), r = exp(G_C - G), `a` from prepare.py. One
 CTA a (segment, value head, 64 value columns a warpgroup); as in recurrence.py the state is kept
 transposed in a warpgroup's accumulators. Rows of Vd past the end of a document are zero, because
-those of `a` are. It needs no gradient: a late one can travel meanwhile.
+those of `a` are. It needs no gradient: a late one can travel meanwhile. Of one sequence, `width`
+segments from the `first` one on can be replayed alone.
 
 The diagonal of `a` is beta, and its rounding the largest error of the gates' gradients: what it lost,
 beta - a_ii, is added in fp32.

@@ -8,8 +8,15 @@ warpgroup); dS is kept transposed in a warpgroup's accumulators (recurrence.py),
 auxiliary warpgroup. P and dO of rows past the end of a document are masked. What rounding took from
 the diagonal of `a` is added in fp32 (backward_replay.py).
 
+The loop over a segment's chunks is one chain of latency where few CTAs run: P^T dO of the next chunk is
+multiplied while this one's last product runs (`ahead`, which takes registers that two warpgroups a CTA
+do not have).
+
     store = True    the main pass, from the gradients of the states that leave the segments
-                    (reverse_scan.py) and of the final ones: dV, the dS that leaves every chunk, dh0
+                    (reverse_scan.py) and of the final ones: dV, the dS that leaves every chunk, dh0.
+                    Of the chunk slots from `first` on, as many as `dleaving` has: a segment that goes
+                    on behind them starts from carried[1 - into], one that begins before them ends in
+                    carried[into]. `width` CTAs a head share the segments of such a block
     store = False   dS_ext of a segment: the gradient of the state that enters it while nothing comes
                     from behind it (a document's last segment counts dfinal). First segments have one
                     only in the first `open_left` documents. With `truncate` (summary.py) it starts at
@@ -71,7 +78,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
 
     @T.macro
     def locate(cu, slot, segment, documents, bits, at, span, x):
-        """span[x] <- the segment in which a chunk's slot lies."""
+        """span[x] <- the segment that holds a chunk's slot."""
         find_document(cu, slot, C, documents, bits, at)
         begin, doc = cu[at[DOC]], at[DOC]
         part = T.truncdiv(slot - T.truncdiv(begin, C) - doc, segment)
