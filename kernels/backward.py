@@ -204,16 +204,17 @@ def _open(
 
 
 def _block(saved: Saved, cut: bool, processors: int) -> int:
-    """Chunk slots of a block of time. One long sequence has several, whole segments that fill the GPU or,
-    where chains are not cut, a third of it; packed documents would fill the GPU worse."""
+    """Chunk slots of a block of time. One long sequence has a few: where chains are not cut thirds, whose
+    dS alone makes room; else halves, of whole segments that fill the GPU. Documents would fill it worse."""
     chunks, heads = saved.a.shape[:2]
     many = cut or heads >= MANY_CHAINS
     if saved.cu_seqlens.numel() > 2 or not many or chunks * CHUNK * heads * BETWEEN < LARGE:
         return chunks
     if not cut:
         return ceil(chunks / 3)
-    segment = saved.plan.segment
-    return min(chunks, segment * min(ceil(FULL * processors / heads), ceil(chunks / segment / 2)))
+    filling = saved.plan.segment * ceil(FULL * processors / heads)
+    block = filling * ceil(chunks // 2 / filling)
+    return block if block < chunks - 1 else chunks  # the last slot is not in use
 
 
 def _halves(x: OpenBackward, chains: int) -> int:
