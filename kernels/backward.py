@@ -10,9 +10,15 @@ the gradient of their last state arrives while the states are replayed. The dS c
 segments (summaries, reverse_scan, reverse), or over whole sequences where there are many: then what
 enters a sequence that nothing comes into is the chain's own result, known before the replay. Nothing
 here reads the device, and two calls on the same inputs give the same bits.
+
+A long sequence is walked in blocks of time, from its end to its front: the dS chain of a block goes on
+from the fp32 dS that the one behind it left, its gradients follow, and its dS (where chains are cut
+into segments, its states and Vd, too) lies where that of the block behind it lay. The bits are those
+of one block.
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -30,6 +36,9 @@ from .reverse_scan import reverse_scan
 # Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU, and from
 # which they take no longer than the replay beside them unless they are long or have to wait.
 MANY_CHAINS, ENOUGH_CHAINS = 64, 32
+BETWEEN = 1280  # bytes a token and value head between the kernels: S, dS, Vd
+FULL = 7 / 8  # of the multiprocessors
+LARGE = 2**30  # so many of them, and a single sequence goes block by block
 
 
 class Gradients(NamedTuple):
@@ -65,6 +74,20 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
+class Walk:
+    """The dS chain, and how far it is."""
+
+    dstates: torch.Tensor  # [NS, Hv, K, V] fp32, of the states that leave the segments
+    dfinal: torch.Tensor | None
+    halves: int
+    segment: int
+    dv: torch.Tensor  # [L, Hv, V]
+    dh0: torch.Tensor  # [N, Hv, K, V] fp32
+    carried: torch.Tensor  # [2, Hv, K, V] fp32, what goes on from one block to the next
+    whole: torch.Tensor | None = None  # [NC, Hv, V, K], dS after each chunk, where all is there
+
+
+@dataclass
 class OpenBackward:
     """A backward between its stages: its inputs with batch and time in one axis, and what it made."""
 
@@ -82,17 +105,26 @@ class OpenBackward:
     open_left: int
     open_right: int
     truncate: bool
+    cut: bool  # the dS chain runs in the forward's segments
+    block: int  # chunk slots of a block of time
+    in_blocks: bool  # the states, too, are made and used block by block
+    entering: torch.Tensor  # [NC or block, Hv, V, K], the state that enters each chunk: replay's
+    vd: torch.Tensor  # [NC or block, Hv, 64, V]
+    pairs: torch.Tensor  # [blocks, 1 + pairs] int32: how many hold a beta of nearly zero, which
     begun: torch.cuda.Event  # when the inputs were there
-    entering: torch.Tensor  # [NC, Hv, V, K], the state that enters each chunk: replay's
-    vd: torch.Tensor  # [NC, Hv, 64, V]
-    cut: bool = False  # the dS chain runs in the forward's segments
     external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of summarised segments
-    walked: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # dleaving, dv, dh0
+    walk: "Walk | None" = None
     replayed: torch.cuda.Event | None = None
 
     @property
     def documents(self) -> int:
         return self.saved.cu_seqlens.numel() - 1
+
+    @property
+    def chunks(self) -> int:
+        """Chunk slots; the last one of a single sequence is never in use."""
+        slots = self.saved.a.shape[0]
+        return max(1, ceil(self.q.shape[0] / CHUNK)) if self.documents == 1 else slots
 
     @property
     def bits(self) -> int:
@@ -140,11 +172,55 @@ def open_backward(
     opened = _open(
         q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
         keys_normalized, open_left, open_right,
+        cut=saved.plan.split and v.shape[2] * q.shape[0] < MANY_CHAINS,
     )  # fmt: skip
-    opened.cut = saved.plan.split and not _many(opened)
     if opened.cut:
         _summarise(opened)
     return opened
+
+
+def _open(
+    q, k, v, g, beta, saved, do, dfinal, scale, initial, normalize, normalized, left=0, right=0, *,
+    cut, at_once=False,
+):  # fmt: skip
+    chunks, value_heads = saved.a.shape[:2]
+    _check(q, saved, do, dfinal, v.shape[2])
+    q_, k_, v_, do_, beta_ = (_flat(x) for x in (q, k, v, do, beta))
+    dfinal, initial = (None if x is None else x.contiguous() for x in (dfinal, initial))
+    block = _block(saved, cut, multiprocessors(q.device))
+    in_blocks = at_once and cut and block < chunks and saved.cu_seqlens.numel() == 2
+    room = block if in_blocks else chunks
+    entering = q_.new_empty(room, value_heads, KEY_DIM, KEY_DIM)
+    vd = q_.new_empty(room, value_heads, CHUNK, KEY_DIM)
+    pairs = torch.empty(
+        ceil(chunks / block), 1 + block * value_heads, dtype=torch.int32, device=q.device
+    )
+    begun = torch.cuda.current_stream(q.device).record_event()
+    return OpenBackward(
+        (q, k, v, g, beta), q_, k_, v_, do_, beta_, saved, dfinal, initial,
+        KEY_DIM**-0.5 if scale is None else scale, normalize, left, right,
+        normalize or normalized, cut, block, in_blocks, entering, vd, pairs, begun,
+    )  # fmt: skip
+
+
+def _block(saved: Saved, cut: bool, processors: int) -> int:
+    """Chunk slots of a block of time. One long sequence has a few: where chains are not cut thirds, whose
+    dS alone makes room; else halves, of whole segments that fill the GPU. Documents would fill it worse."""
+    chunks, heads = saved.a.shape[:2]
+    many = cut or heads >= MANY_CHAINS
+    if saved.cu_seqlens.numel() > 2 or not many or chunks * CHUNK * heads * BETWEEN < LARGE:
+        return chunks
+    if not cut:
+        return ceil(chunks / 3)
+    filling = saved.plan.segment * ceil(FULL * processors / heads)
+    block = filling * ceil(chunks // 2 / filling)
+    return block if block < chunks - 1 else chunks  # the last slot is not in use
+
+
+def _halves(x: OpenBackward, chains: int) -> int:
+    """Half the columns of a value head are a CTA's where chains are few and their latency counts. Where
+    they fill the GPU both halves are: bytes count, and q, k and `a` are read once."""
+    return 2 if chains >= FULL * multiprocessors(x.q.device) else 1
 
 
 def _summarise(x: OpenBackward) -> None:
@@ -152,45 +228,20 @@ def _summarise(x: OpenBackward) -> None:
     count = slots(x.q.shape[0], x.documents, segment * CHUNK)
     x.external = states.new_empty(count, *states.shape[1:])
     _reverse(
-        x, x.external, x.dfinal, x.external, x.entering[:1], x.do, halves=2, segment=segment,
-        store=False,
-    )  # fmt: skip
-
-
-def _open(
-    q, k, v, g, beta, saved, do, dfinal, scale, initial, normalize, normalized, left=0, right=0
-):  # fmt: skip
-    chunks, value_heads = saved.a.shape[:2]
-    _check(q, saved, do, dfinal, v.shape[2])
-    q_, k_, v_, do_, beta_ = (_flat(x) for x in (q, k, v, do, beta))
-    dfinal, initial = (None if x is None else x.contiguous() for x in (dfinal, initial))
-    entering = q_.new_empty(chunks, value_heads, KEY_DIM, KEY_DIM)
-    vd = q_.new_empty(chunks, value_heads, CHUNK, KEY_DIM)
-    begun = torch.cuda.current_stream(q.device).record_event()
-    return OpenBackward(
-        (q, k, v, g, beta), q_, k_, v_, do_, beta_, saved, dfinal, initial,
-        KEY_DIM**-0.5 if scale is None else scale, normalize, left, right,
-        normalize or normalized, begun, entering, vd,
+        x, x.external, x.dfinal, x.external, x.external, x.entering[:1], x.do, halves=2,
+        segment=segment, width=count, store=False,
     )  # fmt: skip
 
 
 def _reverse(
-    opened,
-    dstates,
-    dfinal,
-    dinitial,
-    dleaving,
-    dv,
-    *,
-    halves,
-    segment,
-    store=True,
-) -> None:
+    opened, dstates, dfinal, dinitial, carried, dleaving, dv, *, halves, segment, width, first=0,
+    into=0, store=True,
+) -> None:  # fmt: skip
     x, saved = opened, opened.saved
     ready(reverse, halves=halves, store=store, **x.kind)(
         x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens, dstates,
-        dstates if dfinal is None else dfinal, dinitial, dleaving, dv, x.scale,
-        segment, x.bits, int(dfinal is not None), int(x.truncate and not store), x.open_left,
+        dstates if dfinal is None else dfinal, dinitial, carried, dleaving, dv, x.scale, width, first,
+        into, segment, x.bits, int(dfinal is not None), int(x.truncate and not store), x.open_left,
     )  # fmt: skip
 
 
@@ -223,7 +274,7 @@ def entering_summary(opened: OpenBackward, *, incoming: torch.Tensor | None = No
         if x.open_left:
             _scan(x, _incoming(x, incoming), x.external, total, entering=True)
         return total
-    return _walk(x, _incoming(x, incoming))[2][: x.open_left]
+    return _walk_whole(x, _incoming(x, incoming)).dh0[: x.open_left]
 
 
 def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
@@ -235,12 +286,19 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     """
     x = opened
     here = torch.cuda.current_stream(x.q.device)
+    if x.in_blocks:
+        x.pairs[:, :1].zero_()
+        return
     if _many(x):
+        x.pairs[:, :1].zero_()
         _replay(x)
         return
     beside = side_stream(x.q.device)
     beside.wait_event(here.record_event() if x.open_left and not at_once else x.begun)
     with torch.cuda.stream(beside):
+        x.pairs[
+            :, :1
+        ].zero_()  # a dS chain that is launched beside it gets its multiprocessors first
         _replay(x)
         x.replayed = beside.record_event()
 
@@ -249,12 +307,18 @@ def _many(x: OpenBackward) -> bool:
     return x.v.shape[1] * x.inputs[0].shape[0] >= MANY_CHAINS
 
 
-def _replay(x: OpenBackward) -> None:
-    saved = x.saved
-    ready(replay_kernel, halves=saved.plan.halves, **x.kind)(
+def _replay(x: OpenBackward, first: int = 0, count: int | None = None) -> None:
+    """All of it, or of one sequence the segments that begin in a block."""
+    saved, segment = x.saved, x.saved.plan.segment
+    width = saved.states.shape[0]
+    halves = saved.plan.halves
+    if count is not None and count < x.chunks:
+        width = ceil(count / segment)
+        halves = _halves(x, width * x.v.shape[1])
+    ready(replay_kernel, halves=halves, **x.kind)(
         x.k, x.v, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens,
-        saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd,
-        saved.plan.segment, x.bits, int(x.initial is not None),
+        saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd, width,
+        first // segment, segment, x.bits, int(x.initial is not None),
     )  # fmt: skip
 
 
@@ -287,59 +351,92 @@ def close_backward(opened: OpenBackward, *, incoming: torch.Tensor | None = None
     incoming: [open_right, Hv, K, V] fp32, gradients of the states that leave the last `open_right`
         sequences, zero if None.
     """
-    _walk(opened, _incoming(opened, incoming))
-    return _gradients(opened)
-
-
-def _walk(
-    x: OpenBackward, incoming: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The dS chain: dleaving, dv and dh0. Once."""
-    if x.walked is None:
-        saved = x.saved
-        dleaving, dv = torch.empty_like(x.entering), torch.empty_like(x.v)
-        dh0 = saved.gate.new_empty(x.documents, x.v.shape[1], KEY_DIM, KEY_DIM)
-        dfinal = _final_gradient(x, incoming)
-        if x.cut:
-            dstates = torch.empty_like(saved.states)
-            _scan(x, incoming, dstates, dstates, entering=False)
-            halves, segment = saved.plan.halves, saved.plan.segment
-        else:
-            dstates, halves, segment = dh0, 1, x.q.shape[0] // CHUNK + 2  # longer than any sequence
-        _reverse(x, dstates, dfinal, dh0, dleaving, dv, halves=halves, segment=segment)
-        x.walked = dleaving, dv, dh0
-    return x.walked
-
-
-def _gradients(x: OpenBackward) -> Gradients:
-    saved = x.saved
-    assert x.walked is not None
-    dleaving, dv, dh0 = x.walked
+    x = opened
+    incoming = _incoming(x, incoming)
+    if x.walk is None:
+        x.walk = _begin_walk(x, incoming)
+    walk, here = x.walk, torch.cuda.current_stream(x.q.device)
+    dg = x.saved.gate.new_empty(x.v.shape[:2])
+    out = torch.empty_like(x.q), torch.empty_like(x.k), dg, torch.empty_like(dg)
+    block, pairs, buffer = x.block, x.pairs, walk.whole
+    if buffer is None:
+        buffer = x.entering.new_empty(block, *x.entering.shape[1:])
+    else:
+        block, pairs = x.chunks, x.pairs.view(1, -1)
     if x.replayed is not None:
-        torch.cuda.current_stream(x.q.device).wait_event(x.replayed)
-    tokens, value_heads = x.v.shape[:2]
+        here.wait_event(x.replayed)
+    for i, first in enumerate(reversed(range(0, x.chunks, block))):
+        dleaving = buffer[: x.chunks - first]
+        if x.in_blocks:
+            _replay(x, first, dleaving.shape[0])
+        if walk.whole is None:
+            _walk_block(x, walk, dleaving, first, i)
+        _gradients(x, walk, dleaving, out, pairs[i], first)
     q, k, v, g, beta = x.inputs
-    dq, dk = torch.empty_like(x.q), torch.empty_like(x.k)
-    dg = saved.gate.new_empty(tokens, value_heads)
-    dbeta = torch.empty_like(dg)
-    pairs = torch.empty(1 + x.vd.shape[0] * value_heads, dtype=torch.int32, device=q.device)
-    pairs[:1].zero_()
-    last = {"processors": multiprocessors(q.device), **x.kind}
-    ready(gradients, ratio=value_heads // x.k.shape[1], **last)(
-        x.q, x.k, x.do, x.vd, dv, x.entering, dleaving, saved.gate, saved.rnorm, x.beta,
-        saved.cu_seqlens, dq, dk, dg, dbeta, pairs, x.scale, x.bits,
-    )  # fmt: skip
-    ready(beta_gradient, smallest=SMALLEST_BETA[DTYPES[q.dtype]], **last)(
-        x.q, x.k, x.v, x.do, x.vd, dv, x.entering, dleaving, saved.gate, saved.rnorm, x.beta,
-        saved.cu_seqlens, pairs, dbeta, x.scale, x.bits,
-    )  # fmt: skip
+    dq, dk, dg, dbeta = out
     return Gradients(
         dq.view(q.shape),
         dk.view(k.shape),
-        dv.view(v.shape),
+        walk.dv.view(v.shape),
         dg.view(g.shape).to(g.dtype),
         dbeta.view(beta.shape).to(beta.dtype),
-        dh0,
+        walk.dh0,
+    )
+
+
+def _begin_walk(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
+    saved = x.saved
+    dh0 = saved.gate.new_empty(x.documents, x.v.shape[1], KEY_DIM, KEY_DIM)
+    dfinal = _final_gradient(x, incoming)
+    if x.cut:
+        dstates = torch.empty_like(saved.states)
+        _scan(x, incoming, dstates, dstates, entering=False)
+        segment = saved.plan.segment
+        halves = _halves(x, ceil(x.block / segment) * x.v.shape[1])
+    else:
+        dstates, segment = dh0, _whole(x)
+        halves = _halves(x, x.documents * x.v.shape[1])
+    carried = dh0.new_empty(2, *dh0.shape[1:])
+    return Walk(dstates, dfinal, halves, segment, torch.empty_like(x.v), dh0, carried)
+
+
+def _walk_whole(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
+    """The dS chain at once. Once."""
+    if x.walk is None:
+        x.walk = _begin_walk(x, incoming)
+        x.walk.whole = x.entering.new_empty(x.chunks, *x.entering.shape[1:])
+        _walk_block(x, x.walk, x.walk.whole, 0, 0)
+    return x.walk
+
+
+def _walk_block(x: OpenBackward, walk: Walk, dleaving: torch.Tensor, first: int, i: int) -> None:
+    """The i-th block from the end, chunk slots from `first` on."""
+    heads, chunks = x.v.shape[1], x.saved.a.shape[0]
+    segments = walk.dstates.shape[0]
+    # those of an average block, or more if they do not fill the GPU; a CTA walks what is left after its own
+    width = max(
+        ceil(segments * dleaving.shape[0] / chunks) + 2,
+        ceil(multiprocessors(x.q.device) * walk.halves / heads),
+    )
+    _reverse(
+        x, walk.dstates, walk.dfinal, walk.dh0, walk.carried, dleaving, walk.dv, halves=walk.halves,
+        segment=walk.segment, width=min(segments, width), first=first, into=i % 2,
+    )  # fmt: skip
+
+
+def _gradients(x: OpenBackward, walk: Walk, dleaving: torch.Tensor, out, pairs, first: int) -> None:
+    saved, sms = x.saved, multiprocessors(x.q.device)
+    block = slice(first, first + dleaving.shape[0])
+    states = slice(0, dleaving.shape[0]) if x.in_blocks else block
+    around = (
+        x.vd[states], walk.dv, x.entering[states], dleaving, saved.gate[block],
+        saved.rnorm[block] if x.normalize else saved.rnorm, x.beta, saved.cu_seqlens,
+    )  # fmt: skip
+    ready(gradients, ratio=x.v.shape[1] // x.k.shape[1], processors=sms, **x.kind)(
+        x.q, x.k, x.do, *around, *out, pairs, x.scale, x.bits, first
+    )
+    ready(beta_gradient, smallest=SMALLEST_BETA[DTYPES[x.q.dtype]], processors=sms, **x.kind)(
+        x.q, x.k, x.v, x.do, *around, pairs, out[3], x.scale, x.bits, first
     )
 
 
@@ -359,19 +456,21 @@ def chunk_gdn_backward(
     keys_normalized: bool = False,
 ) -> Gradients:
     """Gradients of chunk_gdn_forward, whose arguments q to beta and keywords are repeated here; see
-    open_backward. Between its kernels lie 1280 bytes a token and value head, free again on return."""
+    open_backward. Between its kernels lie at most 1280 bytes a token and value head, free again on
+    return; of a long sequence less (`_block`)."""
+    chains = v.shape[2] * q.shape[0]
+    documents = saved.cu_seqlens.numel() - 1
+    long = q.numel() >= STEADY * CHUNK * documents * q.shape[2] * q.shape[3]
+    cut = saved.plan.split and (
+        chains < ENOUGH_CHAINS or (long and v.shape[2] * documents < MANY_CHAINS)
+    )
     x = _open(
         q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
-        keys_normalized,
+        keys_normalized, cut=cut, at_once=True,
     )  # fmt: skip
-    chains = v.shape[2] * q.shape[0]
-    long = q.numel() >= STEADY * CHUNK * x.documents * q.shape[2] * q.shape[3]
-    x.cut = saved.plan.split and (
-        chains < ENOUGH_CHAINS or (long and v.shape[2] * x.documents < MANY_CHAINS)
-    )
     if x.cut:
         _summarise(x)
-    else:
-        _walk(x, None)
+    elif x.block >= x.chunks and not _many(x):
+        _walk_whole(x, None)  # before the replay beside it, which would take the multiprocessors
     replay(x)
     return close_backward(x)

@@ -43,6 +43,7 @@ def beta_gradient(
         dbeta: T.Tensor((L, Hv), f32),
         scale: T.float32,
         bits: T.int32,
+        first: T.int32,
     ):
         with T.Kernel(processors, threads=128) as bx:
             qs = T.alloc_shared((C, K), dtype)
@@ -75,8 +76,8 @@ def beta_gradient(
                 slot = T.truncdiv(pair, Hv)
                 h = pair - slot * Hv
                 hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
-                find_document(cu, slot, C, N1 - 1, bits, doc)
-                row = cu[doc[0]] + (slot - T.truncdiv(cu[doc[0]], C) - doc[0]) * C
+                find_document(cu, first + slot, C, N1 - 1, bits, doc)
+                row = cu[doc[0]] + (first + slot - T.truncdiv(cu[doc[0]], C) - doc[0]) * C
                 valid = cu[doc[0] + 1] - row
                 T.tma_copy(q[row : row + C, hk, :], qs, barrier=full)
                 T.tma_copy(k[row : row + C, hk, :], ks, barrier=full)

@@ -30,6 +30,10 @@ __device__ __forceinline__ void fence_shared() {
 )
 
 
+# TileLang is told that the tiles are read: for a write it puts fences of its own, which wait for all memory,
+# before each product and each copy. The kernels call fence_shared.
+
+
 @T.macro
 def stage_state(Sf, ss, tx):
     """Sf [value columns, K] -> two panels a warpgroup in `ss`, which holds them by (warpgroup, half of K)."""
@@ -42,9 +46,27 @@ def stage_state(Sf, ss, tx):
                     (tx // 128 * 2 + x // 4) * 64 + tx // 32 % 4 * 16 + tx % 16,
                     x % 4 * 16 + tx % 32 // 16 * 8,
                 ],
-                "w",
+                "r",
             ),
             T.access_ptr(Sf[tx // 32 * 16 + tx % 32 // 4, x * 16 + tx % 4 * 2], "r"),
+        )
+
+
+@T.macro
+def stage_rows(Of, os_, tx):
+    """Of [tokens, value columns] in a transposed_layout -> a panel a warpgroup in `os_`."""
+    for x in T.unroll(4):
+        T.call_extern(
+            "handle",
+            "gdn::store_matrix_trans",
+            T.access_ptr(
+                os_[
+                    tx // 128 * 64 + x * 16 + tx % 32 // 16 * 8 + tx % 8,
+                    tx // 32 % 4 * 16 + tx % 16 // 8 * 8,
+                ],
+                "r",
+            ),
+            T.access_ptr(Of[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "r"),
         )
 
 

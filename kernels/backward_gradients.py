@@ -50,12 +50,12 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
     consume = consumer(ratio=ratio, dtype=dtype, normalize=normalize)
 
     @T.macro
-    def find_item(item, cu, heads, documents, bits, doc, at):
-        """at <- chunk slot, key head, first token, tokens of the document from there on."""
+    def find_item(item, first, cu, heads, documents, bits, doc, at):
+        """at <- chunk slot from `first` on, key head, first token, tokens of the document from there on."""
         at[0] = T.truncdiv(item, heads)
         at[1] = item - at[0] * heads
-        find_document(cu, at[0], C, documents, bits, doc)
-        at[2] = cu[doc[0]] + (at[0] - T.truncdiv(cu[doc[0]], C) - doc[0]) * C
+        find_document(cu, first + at[0], C, documents, bits, doc)
+        at[2] = cu[doc[0]] + (first + at[0] - T.truncdiv(cu[doc[0]], C) - doc[0]) * C
         at[3] = cu[doc[0] + 1] - at[2]
 
     @T.macro
@@ -194,6 +194,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         pairs: T.Tensor((NP,), i32),
         scale: T.float32,
         bits: T.int32,
+        first: T.int32,
     ):
         with T.Kernel(processors, threads=384) as bx:
             T.import_source(SUMS + PRODUCTS + ACCUMULATORS)
@@ -247,7 +248,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             else:
                 T.set_max_nreg(56, 0)
                 for it in T.serial(T.ceildiv(NC * Hk - bx, processors)):
-                    find_item(bx + it * processors, cu, Hk, N1 - 1, bits, doc, at)
+                    find_item(bx + it * processors, first, cu, Hk, N1 - 1, bits, doc, at)
                     if at[3] > 0:
                         if tx < 288:
                             load_heads(

@@ -5,7 +5,8 @@
 with G the cumulative log gate of a chunk, gamma = exp(G), r = exp(G_C - G), `a` from prepare.py. One
 CTA a (segment, value head, 64 value columns a warpgroup); as in recurrence.py the state is kept
 transposed in a warpgroup's accumulators. Rows of Vd past the end of a document are zero, because
-those of `a` are. It needs no gradient: a late one can travel meanwhile.
+those of `a` are. It needs no gradient: a late one can travel meanwhile. Of one sequence, `width`
+segments from the `first` one on can be replayed alone.
 
 The diagonal of `a` is beta, and its rounding the largest error of the gates' gradients: what it lost,
 beta - a_ii, is added in fp32.
@@ -17,6 +18,7 @@ import tilelang.language as T
 from .backward_common import (
     SOURCE,
     send_state,
+    stage_rows,
     stage_state,
 )
 from .common import (
@@ -32,7 +34,6 @@ from .common import (
     accumulator_layout,
     find_segment,
     load_transposed,
-    store_transposed,
     transposed_layout,
 )
 
@@ -44,7 +45,7 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
     f32, i32 = "float32", "int32"
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
-    N0, NR = T.dynamic("N0"), T.dynamic("NR")
+    N0, NR, NO = T.dynamic("N0"), T.dynamic("NR"), T.dynamic("NO")
 
     @T.macro
     def send_rows(os_, vd, slot, h, column, w):
@@ -61,13 +62,15 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
         cu: T.Tensor((N1,), i32),
         initial: T.Tensor((N0, Hv, K, V), f32),
         states: T.Tensor((NS, Hv, K, V), f32),
-        entering: T.Tensor((NC, Hv, V, K), dtype),
-        vd: T.Tensor((NC, Hv, C, V), dtype),
+        entering: T.Tensor((NO, Hv, V, K), dtype),
+        vd: T.Tensor((NO, Hv, C, V), dtype),
+        width: T.int32,
+        first: T.int32,
         segment: T.int32,
         bits: T.int32,
         has_initial: T.int32,
     ):
-        with T.Kernel(V // BV, Hv, NS, threads=workers + 128) as (tile, h, z):
+        with T.Kernel(V // BV, Hv, width, threads=workers + 128) as (tile, h, at_segment):
             T.import_source(SOURCE)
             ks = T.alloc_shared((stages, C, K), dtype)
             as_ = T.alloc_shared((stages, C, C), dtype)
@@ -106,10 +109,12 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
             empty = T.alloc_barrier([workers] * stages)
             tx = T.get_thread_binding()
             at = T.alloc_local((7,), i32)
+            z = first + at_segment
             find_segment(cu, z, segment, N1 - 1, bits, at)
             n = at[COUNT]
             row = at[ROW]
             slot = at[CHUNK_SLOT]
+            kept = slot - first * segment  # of one document
 
             if tx < workers:
                 T.set_max_nreg(232, 1)
@@ -143,22 +148,22 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                     stage_state(Sf, ss, tx)
                     if c > 0:
-                        store_transposed(Of, os_, tx // 128 * C, tx)
+                        stage_rows(Of, os_, tx)
                     T.call_extern("handle", "gdn::fence_shared")
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                     if tx < 128:
-                        send_state(ss, entering, slot + c, h, tile * BV, 0)
+                        send_state(ss, entering, kept + c, h, tile * BV, 0)
                         if c > 0:
-                            send_rows(os_, vd, slot + c - 1, h, tile * BV, 0)
+                            send_rows(os_, vd, kept + c - 1, h, tile * BV, 0)
                     else:
                         send_state(
-                            ss, entering, slot + c, h, tile * BV + (halves - 1) * HALF, halves - 1
+                            ss, entering, kept + c, h, tile * BV + (halves - 1) * HALF, halves - 1
                         )
                         if c > 0:
                             send_rows(
                                 os_,
                                 vd,
-                                slot + c - 1,
+                                kept + c - 1,
                                 h,
                                 tile * BV + (halves - 1) * HALF,
                                 halves - 1,
@@ -192,14 +197,14 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                 if n > 0:
                     T.tma_store_wait()
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    store_transposed(Of, os_, tx // 128 * C, tx)
+                    stage_rows(Of, os_, tx)
                     T.call_extern("handle", "gdn::fence_shared")
                     T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                     if tx < 128:
-                        send_rows(os_, vd, slot + n - 1, h, tile * BV, 0)
+                        send_rows(os_, vd, kept + n - 1, h, tile * BV, 0)
                     else:
                         send_rows(
-                            os_, vd, slot + n - 1, h, tile * BV + (halves - 1) * HALF, halves - 1
+                            os_, vd, kept + n - 1, h, tile * BV + (halves - 1) * HALF, halves - 1
                         )
                     T.tma_store_wait()
             else:

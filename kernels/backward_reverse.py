@@ -8,8 +8,15 @@ warpgroup); dS is kept transposed in a warpgroup's accumulators (recurrence.py),
 auxiliary warpgroup. P and dO of rows past the end of a document are masked. What rounding took from
 the diagonal of `a` is added in fp32 (backward_replay.py).
 
+The loop over a segment's chunks is one chain of latency where few CTAs run: P^T dO of the next chunk is
+multiplied while this one's last product runs (`ahead`, which takes registers that two warpgroups a CTA
+do not have).
+
     store = True    the main pass, from the gradients of the states that leave the segments
-                    (reverse_scan.py) and of the final ones: dV, the dS that leaves every chunk, dh0
+                    (reverse_scan.py) and of the final ones: dV, the dS that leaves every chunk, dh0.
+                    Of the chunk slots from `first` on, as many as `dleaving` has: a segment that goes
+                    on behind them starts from carried[1 - into], one that begins before them ends in
+                    carried[into]. `width` CTAs a head share the segments of such a block
     store = False   dS_ext of a segment: the gradient of the state that enters it while nothing comes
                     from behind it (a document's last segment counts dfinal). First segments have one
                     only in the first `open_left` documents. With `truncate` (summary.py) it starts at
@@ -19,11 +26,7 @@ the diagonal of `a` is added in fp32 (backward_replay.py).
 import tilelang
 import tilelang.language as T
 
-from .backward_common import (
-    SOURCE,
-    send_state,
-    stage_state,
-)
+from .backward_common import SOURCE, send_state, stage_rows, stage_state
 from .common import (
     CHUNK,
     CHUNK_SLOT,
@@ -36,12 +39,14 @@ from .common import (
     ROW,
     TARGET,
     accumulator_layout,
+    find_document,
     find_segment,
     load_transposed,
-    store_transposed,
     transposed_layout,
 )
 from .summary import LOG2_NEGLIGIBLE
+
+CHUNKS, COUNTS, FIRST = range(3)  # what find_walk leaves behind
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -49,10 +54,16 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
     C, K, V, HALF = CHUNK, 128, 128, 64
     BV, workers = HALF * halves, 128 * halves
     stages = 3 if not store or halves == 1 else 2
+    ahead = halves == 1  # there are registers for it
     f32, i32 = "float32", "int32"
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     ND, NF, NR, NO = T.dynamic("ND"), T.dynamic("NF"), T.dynamic("NR"), T.dynamic("NO")
+    NB = T.dynamic("NB")
+
+    def product(x, y):
+        """Not fused with the sum that follows: there is a wait in between where halves == 2."""
+        return T.call_extern(f32, "__fmul_rn", x, y)
 
     @T.macro
     def send_rows(os_, dv, at, end, h, column, w, tx):
@@ -64,6 +75,83 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                 if at + r < end:
                     for y in T.vectorized(8):
                         dv[at + r, h, column + tx % 8 * 8 + y] = os_[w * C + r, tx % 8 * 8 + y]
+
+    @T.macro
+    def locate(cu, slot, segment, documents, bits, at, span, x):
+        """span[x] <- the segment that holds a chunk's slot."""
+        find_document(cu, slot, C, documents, bits, at)
+        begin, doc = cu[at[DOC]], at[DOC]
+        part = T.truncdiv(slot - T.truncdiv(begin, C) - doc, segment)
+        span[x] = T.truncdiv(begin, segment * C) + doc + part
+
+    @T.macro
+    def find_block(cu, first, chunks, parts, segment, documents, bits, at, span, done):
+        span[0] = 0
+        span[1] = parts - 1
+        done[0] = 0
+        if store:
+            for x in T.unroll(2):
+                locate(cu, first + x * (chunks - 1), segment, documents, bits, at, span, x)
+
+    @T.macro
+    def find_walk(
+        cu, z, gate, h, segment, documents, bits, first, chunks, truncate, open_left, at, walk
+    ):
+        """A segment, what of it to walk, and whether the state behind it counts."""
+        find_segment(cu, z, segment, documents, bits, at)
+        walk[FIRST] = 0
+        walk[CHUNKS] = at[COUNT]
+        walk[COUNTS] = 1
+        if store:
+            walk[FIRST] = T.max(first - at[CHUNK_SLOT], 0)
+            end = T.min(at[COUNT], first + chunks - at[CHUNK_SLOT])
+            walk[CHUNKS] = T.max(end - walk[FIRST], 0)
+        else:
+            if at[PART] == 0 and at[DOC] >= open_left:
+                walk[CHUNKS] = 0
+            if truncate != 0 and walk[CHUNKS] > 0:
+                T.call_extern(
+                    "handle",
+                    "gdn::near_chunks",
+                    T.access_ptr(gate[at[CHUNK_SLOT], h, C - 1], "r"),
+                    -(Hv * C),
+                    at[COUNT],
+                    LOG2_NEGLIGIBLE,
+                    T.access_ptr(walk[CHUNKS], "w"),
+                )
+
+    @T.macro
+    def send(ss, os_, dleaving, dv, slot, row, rows, end, h, column, tx):
+        """A warpgroup's half of a state, and of the rows before it if there are."""
+        if tx < 128:
+            send_state(ss, dleaving, slot, h, column, 0)
+            if rows > 0:
+                send_rows(os_, dv, row, end, h, column, 0, tx)
+        else:
+            send_state(ss, dleaving, slot, h, column + BV - HALF, halves - 1)
+            if rows > 0:
+                send_rows(os_, dv, row, end, h, column + BV - HALF, halves - 1, tx)
+
+    @T.macro
+    def take_rows(xs, Xf, Xa, full, ready, j, tx):
+        """dO of a CTA's j-th chunk into registers, until its P is there, too."""
+        if ahead:
+            T.mbarrier_wait_parity(full[j % stages], (j // stages) % 2)
+        load_transposed(xs, (j % stages * halves + tx // 128) * C, Xf, tx)
+        for x, y in T.Parallel(BV, C):
+            Xa[x, y] = Xf[y, x]
+        T.mbarrier_wait_parity(ready[j % 2], (j // 2) % 2)
+
+    @T.macro
+    def multiply_rows(Xa, ps, W, j):
+        """W = dO^T P."""
+        T.wgmma_gemm(
+            Xa,
+            ps[j % 2 * C : (j % 2 + 1) * C, :],
+            W,
+            clear_accum=True,
+            policy=T.GemmWarpPolicy.FullRow,
+        )
 
     @T.prim_func
     def main(
@@ -78,16 +166,20 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
         dstates: T.Tensor((NS, Hv, K, V), f32),
         dfinal: T.Tensor((NF, Hv, K, V), f32),
         dinitial: T.Tensor((ND, Hv, K, V), f32),
+        carried: T.Tensor((NB, Hv, K, V), f32),
         dleaving: T.Tensor((NO, Hv, V, K), dtype),
         dv: T.Tensor((L, Hv, V), dtype),
         scale: T.float32,
+        width: T.int32,
+        first: T.int32,
+        into: T.int32,
         segment: T.int32,
         bits: T.int32,
         has_dfinal: T.int32,
         truncate: T.int32,
         open_left: T.int32,
     ):
-        with T.Kernel(V // BV, Hv, NS, threads=workers + 256) as (tile, h, z):
+        with T.Kernel(V // BV, Hv, width, threads=workers + 256) as (tile, h, z):
             T.import_source(SOURCE)
             ks = T.alloc_shared((stages, C, K), dtype)
             qs = T.alloc_shared((stages, C, K), dtype)
@@ -112,6 +204,8 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             Xa = T.alloc_fragment((BV, C), dtype)
             Xb = T.alloc_fragment((BV, C), dtype)
             Xf = T.alloc_fragment((C, BV), dtype)
+            E = T.alloc_fragment((BV, C), f32)
+            F = T.alloc_fragment((BV, C), f32)
             P = T.alloc_fragment((C, C), f32)
             Pb = T.alloc_fragment((C, C), dtype)
             layouts = {
@@ -136,227 +230,269 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             tx = T.get_thread_binding()
 
             at = T.alloc_local((7,), i32)
-            find_segment(cu, z, segment, N1 - 1, bits, at)
-            near = T.alloc_local(
-                (2,), i32
-            )  # chunks to walk, and whether the state behind them counts
-            near[0] = at[COUNT]
-            near[1] = 1
-            if not store:
-                if at[PART] == 0 and at[DOC] >= open_left:
-                    near[0] = 0
-                if truncate != 0 and near[0] > 0:
-                    T.call_extern(
-                        "handle",
-                        "gdn::near_chunks",
-                        T.access_ptr(gate[at[CHUNK_SLOT], h, C - 1], "r"),
-                        -(Hv * C),
-                        at[COUNT],
-                        LOG2_NEGLIGIBLE,
-                        T.access_ptr(near[0], "w"),
-                    )
-            n = near[0]
-            row = at[ROW]
-            slot = at[CHUNK_SLOT]
+            walk = T.alloc_local((3,), i32)
+            done = T.alloc_local((1,), i32)  # chunks so far
+            span = T.alloc_local((2,), i32)  # segments of the block
 
             if tx < workers:
                 T.set_max_nreg(208 if halves == 2 else 240, 1)
-                T.clear(S)
-                if at[PART] == at[LAST]:
-                    if has_dfinal != 0 and near[1] != 0:
+                find_block(cu, first, NO, NS, segment, N1 - 1, bits, at, span, done)
+                for turn in T.serial(T.ceildiv(span[1] + 1 - span[0] - z, width)):
+                    part = span[0] + z + turn * width
+                    find_walk(
+                        cu, part, gate, h, segment, N1 - 1, bits, first, NO, truncate, open_left, at, walk,
+                    )  # fmt: skip
+                    n = walk[CHUNKS]
+                    row = at[ROW] + walk[FIRST] * C
+                    slot = at[CHUNK_SLOT] + walk[FIRST]
+                    T.clear(S)
+                    goes_on = at[CHUNK_SLOT] + at[COUNT] > first + NO if store else False
+                    if goes_on:
                         for x, y in T.Parallel(BV, K):
-                            S[x, y] = dfinal[at[DOC], h, y, tile * BV + x]
-                else:
-                    if store:
+                            S[x, y] = carried[1 - into, h, y, tile * BV + x]
+                    elif at[PART] == at[LAST]:
+                        if has_dfinal != 0 and walk[COUNTS] != 0:
+                            for x, y in T.Parallel(BV, K):
+                                S[x, y] = dfinal[at[DOC], h, y, tile * BV + x]
+                    elif store:
                         if n > 0:
                             for x, y in T.Parallel(BV, K):
-                                S[x, y] = dstates[z, h, y, tile * BV + x]
-                for i in T.serial(n):
-                    c = n - 1 - i
-                    s = i % stages
-                    b = i % 2
-                    T.mbarrier_wait_parity(full[s], (i // stages) % 2)
-                    decay = T.exp2(gs[s, C - 1])
-                    T.copy(S, Sb)
-                    if store:
-                        T.copy(S, Sf)
-                    for x, y in T.Parallel(BV, K):
-                        S[x, y] *= decay
-                    T.wgmma_gemm(
-                        Sb,
-                        ks[s, :, :],
-                        U,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    if store:
-                        T.tma_store_wait()
-                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        stage_state(Sf, ss, tx)
-                        if i > 0:
-                            store_transposed(Of, os_, tx // 128 * C, tx)
-                        T.call_extern("handle", "gdn::fence_shared")
-                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        if tx < 128:
-                            send_state(ss, dleaving, slot + c, h, tile * BV, 0)
-                            if i > 0:
-                                send_rows(os_, dv, row + (c + 1) * C, at[END], h, tile * BV, 0, tx)
-                        else:
-                            send_state(ss, dleaving, slot + c, h, tile * BV + BV - HALF, halves - 1)
-                            if i > 0:
-                                send_rows(
-                                    os_, dv, row + (c + 1) * C, at[END], h,
-                                    tile * BV + BV - HALF, halves - 1, tx,
-                                )  # fmt: skip
-                    load_transposed(xs, (s * halves + tx // 128) * C, Xf, tx)
-                    for x, y in T.Parallel(BV, C):
-                        Xa[x, y] = Xf[y, x]
-                    T.mbarrier_wait_parity(ready[b], (i // 2) % 2)
-                    T.wgmma_gemm(
-                        Xa,
-                        ps[b * C : (b + 1) * C, :],
-                        W,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    T.wait_wgmma(1)
-                    for x, y in T.Parallel(BV, C):
-                        U[x, y] *= eout[b, y]
-                    T.wait_wgmma(0)
-                    for x, y in T.Parallel(BV, C):
-                        Ub[x, y] = U[x, y] + W[x, y]
-                    T.wgmma_gemm(
-                        Ub, as_[s, :, :], U, clear_accum=True, policy=T.GemmWarpPolicy.FullRow
-                    )
-                    for x, y in T.Parallel(BV, C):
-                        Xb[x, y] = Xf[y, x] * eq[b, y]
-                    T.wgmma_gemm(Xb, qs[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
-                    T.wait_wgmma(1)
-                    for x, y in T.Parallel(BV, C):
-                        U[x, y] += Ub[x, y] * lost[b, y]
-                    for x, y in T.Parallel(BV, C):
-                        Wd[x, y] = U[x, y] * ein[b, y]
-                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
-                    if store:
-                        for x, y in T.Parallel(BV, C):
-                            Of[y, x] = U[x, y]
-                    T.wait_wgmma(0)
-                    T.mbarrier_arrive(empty[s])
-                    T.mbarrier_arrive(spent[b])
-                if store:
-                    if n > 0:
-                        T.tma_store_wait()
-                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        store_transposed(Of, os_, tx // 128 * C, tx)
-                        T.call_extern("handle", "gdn::fence_shared")
-                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        if tx < 128:
-                            send_rows(os_, dv, row, at[END], h, tile * BV, 0, tx)
-                        else:
-                            send_rows(
-                                os_, dv, row, at[END], h, tile * BV + BV - HALF, halves - 1, tx
-                            )
-                        T.tma_store_wait()
-                    if at[PART] == 0:
-                        for x, y in T.Parallel(BV, K):
-                            dinitial[at[DOC], h, y, tile * BV + x] = S[x, y]
-                else:
-                    if at[PART] <= at[LAST]:
-                        if at[PART] > 0 or at[DOC] < open_left:
+                                S[x, y] = dstates[part, h, y, tile * BV + x]
+                    if ahead:
+                        if n > 0:
+                            take_rows(xs, Xf, Xa, full, ready, done[0], tx)
+                            multiply_rows(Xa, ps, W, done[0])
+                    for i in T.serial(n):
+                        c = n - 1 - i
+                        s = (done[0] + i) % stages
+                        b = (done[0] + i) % 2
+                        if not ahead:
+                            T.mbarrier_wait_parity(full[s], ((done[0] + i) // stages) % 2)
+                        decay = T.exp2(gs[s, C - 1])
+                        T.copy(S, Sb)
+                        if store:
+                            T.copy(S, Sf)
+                        if not ahead:
                             for x, y in T.Parallel(BV, K):
-                                dstates[z, h, y, tile * BV + x] = S[x, y]
+                                S[x, y] *= decay
+                        T.wgmma_gemm(
+                            Sb,
+                            ks[s, :, :],
+                            U,
+                            transpose_B=True,
+                            clear_accum=True,
+                            policy=T.GemmWarpPolicy.FullRow,
+                        )
+                        if ahead:
+                            for x, y in T.Parallel(BV, K):
+                                S[x, y] *= decay
+                        if store:
+                            T.tma_store_wait()
+                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                            stage_state(Sf, ss, tx)
+                            if i > 0:
+                                stage_rows(Of, os_, tx)
+                            T.call_extern("handle", "gdn::fence_shared")
+                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                            send(ss, os_, dleaving, dv, slot - first + c, row + (c + 1) * C, i, at[END],
+                                 h, tile * BV, tx)  # fmt: skip
+                        if ahead:
+                            for x, y in T.Parallel(BV, C):
+                                Xb[x, y] = Xf[y, x] * eq[b, y]
+                            for x, y in T.Parallel(BV, C):
+                                E[x, y] = eout[b, y]
+                            T.wait_wgmma(0)
+                            for x, y in T.Parallel(BV, C):
+                                U[x, y] = product(U[x, y], E[x, y])
+                        else:
+                            take_rows(xs, Xf, Xa, full, ready, done[0] + i, tx)
+                            multiply_rows(Xa, ps, W, done[0] + i)
+                            T.wait_wgmma(1)
+                            for x, y in T.Parallel(BV, C):
+                                U[x, y] *= eout[b, y]
+                            T.wait_wgmma(0)
+                        for x, y in T.Parallel(BV, C):
+                            Ub[x, y] = U[x, y] + W[x, y]
+                        T.wgmma_gemm(
+                            Ub, as_[s, :, :], U, clear_accum=True, policy=T.GemmWarpPolicy.FullRow
+                        )
+                        if not ahead:
+                            for x, y in T.Parallel(BV, C):
+                                Xb[x, y] = Xf[y, x] * eq[b, y]
+                        T.wgmma_gemm(Xb, qs[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                        if ahead:
+                            for x, y in T.Parallel(BV, C):
+                                E[x, y] = lost[b, y]
+                            for x, y in T.Parallel(BV, C):
+                                F[x, y] = ein[b, y]
+                            T.wait_wgmma(1)
+                            for x, y in T.Parallel(BV, C):
+                                U[x, y] += Ub[x, y] * E[x, y]
+                            for x, y in T.Parallel(BV, C):
+                                Wd[x, y] = U[x, y] * F[x, y]
+                        else:
+                            T.wait_wgmma(1)
+                            for x, y in T.Parallel(BV, C):
+                                U[x, y] += Ub[x, y] * lost[b, y]
+                            for x, y in T.Parallel(BV, C):
+                                Wd[x, y] = U[x, y] * ein[b, y]
+                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                        if store:
+                            for x, y in T.Parallel(BV, C):
+                                Of[y, x] = U[x, y]
+                        if ahead:  # the next chunk's P^T dO needs no state; after the last, this one's again
+                            following = done[0] + T.min(i + 1, n - 1)
+                            take_rows(xs, Xf, Xa, full, ready, following, tx)
+                            multiply_rows(Xa, ps, W, following)
+                            T.wait_wgmma(1)
+                        else:
+                            T.wait_wgmma(0)
+                        T.mbarrier_arrive(empty[s])
+                        T.mbarrier_arrive(spent[b])
+                    if ahead:
+                        T.wait_wgmma(0)
+                    if store:
+                        if n > 0:
+                            T.tma_store_wait()
+                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                            stage_rows(Of, os_, tx)
+                            T.call_extern("handle", "gdn::fence_shared")
+                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                            if tx < 128:
+                                send_rows(os_, dv, row, at[END], h, tile * BV, 0, tx)
+                            else:
+                                send_rows(
+                                    os_, dv, row, at[END], h, tile * BV + BV - HALF, halves - 1, tx
+                                )
+                            T.tma_store_wait()
+                        if walk[FIRST] > 0:
+                            if n > 0:
+                                for x, y in T.Parallel(BV, K):
+                                    carried[into, h, y, tile * BV + x] = S[x, y]
+                        elif at[PART] == 0:
+                            for x, y in T.Parallel(BV, K):
+                                dinitial[at[DOC], h, y, tile * BV + x] = S[x, y]
+                    else:
+                        if at[PART] <= at[LAST]:
+                            if at[PART] > 0 or at[DOC] < open_left:
+                                for x, y in T.Parallel(BV, K):
+                                    dstates[part, h, y, tile * BV + x] = S[x, y]
+                    done[0] += n
             else:
                 if tx < workers + 128:
                     T.set_max_nreg(72 if halves == 2 else 104, 0)
                     t = tx - workers
                     diagonal = T.alloc_local((1,), f32)
-                    for i in T.serial(n):
-                        c = n - 1 - i
-                        s = i % stages
-                        b = i % 2
-                        valid = at[END] - row - c * C
-                        diagonal[0] = 0.0
-                        if t < T.min(valid, C):
-                            diagonal[0] = T.cast(beta[row + c * C + t, h], f32)
-                        T.mbarrier_wait_parity(full[s], (i // stages) % 2)
-                        if halves == 1:  # there are registers for it
-                            T.wgmma_gemm(
-                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                            )
-                        if normalize:
-                            square[0] = T.call_extern(
-                                f32,
-                                "gdn::square_sum",
-                                T.access_ptr(qs[s, t // 2, t % 2 * (K // 2)], "r"),
-                                dtype == "float16",
-                            )
-                            square[0] += T.shfl_xor(square[0], 1)
-                            rq[t // 2] = scale * T.rsqrt(square[0] + 1e-6)
-                            T.call_extern("handle", "gdn::wait_named", 3)
-                        T.mbarrier_wait_parity(spent[b], (i // 2) % 2 ^ 1)
-                        if halves == 2:
-                            T.wgmma_gemm(
-                                qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                            )
-                        if t < C:
-                            G = gs[s, t]
-                            lost[b, t] = diagonal[0] - T.cast(as_[s, t, t], f32)
+                    find_block(cu, first, NO, NS, segment, N1 - 1, bits, at, span, done)
+                    for turn in T.serial(T.ceildiv(span[1] + 1 - span[0] - z, width)):
+                        part = span[0] + z + turn * width
+                        find_walk(
+                            cu, part, gate, h, segment, N1 - 1, bits, first, NO, truncate, open_left, at, walk,
+                        )  # fmt: skip
+                        n = walk[CHUNKS]
+                        row = at[ROW] + walk[FIRST] * C
+                        slot = at[CHUNK_SLOT] + walk[FIRST]
+                        for i in T.serial(n):
+                            c = n - 1 - i
+                            s = (done[0] + i) % stages
+                            b = (done[0] + i) % 2
+                            valid = at[END] - row - c * C
+                            diagonal[0] = 0.0
+                            if t < T.min(valid, C):
+                                diagonal[0] = T.cast(beta[row + c * C + t, h], f32)
+                            T.mbarrier_wait_parity(full[s], ((done[0] + i) // stages) % 2)
+                            if halves == 1:  # there are registers for it
+                                T.wgmma_gemm(
+                                    qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                                )
                             if normalize:
-                                ein[b, t] = -T.exp2(G) * rs[s, t]
-                                eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
-                                eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * rq[t], 0.0)
+                                square[0] = T.call_extern(
+                                    f32,
+                                    "gdn::square_sum",
+                                    T.access_ptr(qs[s, t // 2, t % 2 * (K // 2)], "r"),
+                                    dtype == "float16",
+                                )
+                                square[0] += T.shfl_xor(square[0], 1)
+                                rq[t // 2] = scale * T.rsqrt(square[0] + 1e-6)
+                                T.call_extern("handle", "gdn::wait_named", 3)
+                            T.mbarrier_wait_parity(spent[b], ((done[0] + i) // 2) % 2 ^ 1)
+                            if halves == 2:
+                                T.wgmma_gemm(
+                                    qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
+                                )
+                            if t < C:
+                                G = gs[s, t]
+                                lost[b, t] = diagonal[0] - T.cast(as_[s, t, t], f32)
+                                if normalize:
+                                    ein[b, t] = -T.exp2(G) * rs[s, t]
+                                    eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
+                                    eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * rq[t], 0.0)
+                                else:
+                                    ein[b, t] = -T.exp2(G)
+                                    eout[b, t] = T.exp2(gs[s, C - 1] - G)
+                                    eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * scale, 0.0)
+                            T.wait_wgmma(0)
+                            # the mask comes after the arithmetic: branches here cost more than exps
+                            for x, y in T.Parallel(C, C):
+                                P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
+                            if normalize:
+                                for x, y in T.Parallel(C, C):
+                                    P[x, y] *= rq[x] * rs[s, y]
                             else:
-                                ein[b, t] = -T.exp2(G)
-                                eout[b, t] = T.exp2(gs[s, C - 1] - G)
-                                eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * scale, 0.0)
-                        T.wait_wgmma(0)
-                        # the mask comes after the arithmetic: branches here cost more than exps
-                        for x, y in T.Parallel(C, C):
-                            P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                        if normalize:
+                                for x, y in T.Parallel(C, C):
+                                    P[x, y] *= scale
                             for x, y in T.Parallel(C, C):
-                                P[x, y] *= rq[x] * rs[s, y]
-                        else:
-                            for x, y in T.Parallel(C, C):
-                                P[x, y] *= scale
-                        for x, y in T.Parallel(C, C):
-                            P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
-                        if valid < C:
-                            for x, y in T.Parallel(C, C):
-                                P[x, y] = T.if_then_else(x < valid, P[x, y], 0.0)
-                        T.copy(P, Pb)
-                        T.copy(Pb, ps[b * C : (b + 1) * C, :])
-                        T.call_extern("handle", "gdn::fence_shared")
-                        if normalize:  # rq is read before the next chunk writes it
-                            T.call_extern("handle", "gdn::wait_named", 3)
-                        T.mbarrier_arrive(ready[b])
-                        T.mbarrier_arrive(empty[s])
+                                P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
+                            if valid < C:
+                                for x, y in T.Parallel(C, C):
+                                    P[x, y] = T.if_then_else(x < valid, P[x, y], 0.0)
+                            T.copy(P, Pb)
+                            T.copy(Pb, ps[b * C : (b + 1) * C, :])
+                            T.call_extern("handle", "gdn::fence_shared")
+                            if normalize:  # rq is read before the next chunk writes it
+                                T.call_extern("handle", "gdn::wait_named", 3)
+                            T.mbarrier_arrive(ready[b])
+                            T.mbarrier_arrive(empty[s])
+                        done[0] += n
                 else:
                     T.set_max_nreg(24, 0)
                     if tx < workers + 160:
                         hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
-                        for i in T.serial(n):
-                            c = n - 1 - i
-                            s = i % stages
-                            r0 = row + c * C
-                            T.mbarrier_wait_parity(empty[s], (i // stages) % 2 ^ 1)
-                            T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
-                            T.tma_copy(q[r0 : r0 + C, hk, :], qs[s, :, :], barrier=full[s])
-                            T.tma_copy(gate[slot + c, h, :], gs[s, :], barrier=full[s])
-                            if normalize:
-                                T.tma_copy(rnorm[slot + c, hk, :], rs[s, :], barrier=full[s])
-                            for half in range(halves):
-                                T.tma_copy(
-                                    do[
-                                        r0 : r0 + C,
-                                        h,
-                                        tile * BV + half * HALF : tile * BV + half * HALF + HALF,
-                                    ],
-                                    xs[(s * halves + half) * C : (s * halves + half + 1) * C, :],
-                                    barrier=full[s],
-                                )
-                            T.tma_copy(a[slot + c, h, :, :], as_[s, :, :], barrier=full[s])
-                            T.mbarrier_arrive(full[s])
+                        find_block(cu, first, NO, NS, segment, N1 - 1, bits, at, span, done)
+                        for turn in T.serial(T.ceildiv(span[1] + 1 - span[0] - z, width)):
+                            part = span[0] + z + turn * width
+                            find_walk(
+                                cu, part, gate, h, segment, N1 - 1, bits, first, NO, truncate, open_left, at, walk,
+                            )  # fmt: skip
+                            n = walk[CHUNKS]
+                            row = at[ROW] + walk[FIRST] * C
+                            slot = at[CHUNK_SLOT] + walk[FIRST]
+                            for i in T.serial(n):
+                                c = n - 1 - i
+                                s = (done[0] + i) % stages
+                                r0 = row + c * C
+                                T.mbarrier_wait_parity(empty[s], ((done[0] + i) // stages) % 2 ^ 1)
+                                T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
+                                T.tma_copy(q[r0 : r0 + C, hk, :], qs[s, :, :], barrier=full[s])
+                                T.tma_copy(gate[slot + c, h, :], gs[s, :], barrier=full[s])
+                                if normalize:
+                                    T.tma_copy(rnorm[slot + c, hk, :], rs[s, :], barrier=full[s])
+                                for half in range(halves):
+                                    T.tma_copy(
+                                        do[
+                                            r0 : r0 + C,
+                                            h,
+                                            tile * BV + half * HALF : tile * BV
+                                            + half * HALF
+                                            + HALF,
+                                        ],
+                                        xs[
+                                            (s * halves + half) * C : (s * halves + half + 1) * C, :
+                                        ],
+                                        barrier=full[s],
+                                    )
+                                T.tma_copy(a[slot + c, h, :, :], as_[s, :, :], barrier=full[s])
+                                T.mbarrier_arrive(full[s])
+                            done[0] += n
 
     return main

@@ -1,0 +1,28 @@
+"""How long a block of time of the backward is: host arithmetic on shapes, no GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+backward = pytest.importorskip("cp_gdn.kernels.backward", reason="tilelang is not installed")
+
+WHOLE = None
+
+
+@pytest.mark.parametrize("tokens, heads, documents, segment, cut, block", [
+    (32768, 64, 1, 512, False, 171), (131072, 64, 1, 512, False, 683), (32768, 64, 8, 125, False, WHOLE),
+    (32768, 32, 1, 128, True, WHOLE), (65536, 32, 1, 128, True, 512), (131072, 32, 1, 128, True, 1024),
+    (32768, 8, 1, 32, True, WHOLE), (8192, 32, 1, 32, False, WHOLE), (131072, 32, 1, 128, False, WHOLE),
+])  # fmt: skip
+def test_length_of_a_block(tokens, heads, documents, segment, cut, block):
+    slots = tokens // 64 + documents
+    saved = SimpleNamespace(
+        a=torch.empty(slots, heads, 64, 64, device="meta"),
+        cu_seqlens=torch.empty(documents + 1),
+        plan=SimpleNamespace(segment=segment),
+    )
+    found = backward._block(saved, cut, 132)
+    assert found == (slots if block is WHOLE else block)
+    if cut and found < slots:  # a block begins where a segment does
+        assert found % segment == 0
