@@ -38,6 +38,7 @@ from .reverse_scan import reverse_scan
 MANY_CHAINS, ENOUGH_CHAINS = 64, 32
 BETWEEN = 1280  # bytes a token and value head between the kernels: S, dS, Vd
 FULL = 7 / 8  # of the multiprocessors
+FEW_CHAINS = 2.5  # as many summaries a multiprocessor
 LARGE = 2**30  # so many of them, and a single sequence goes block by block
 
 
@@ -227,9 +228,11 @@ def _summarise(x: OpenBackward) -> None:
     segment, states = x.saved.plan.summarised, x.saved.states
     count = slots(x.q.shape[0], x.documents, segment * CHUNK)
     x.external = states.new_empty(count, *states.shape[1:])
+    # gates truncate most heads' chains: a few whole ones are waited for, the shorter the better
+    few = count * x.v.shape[1] <= FEW_CHAINS * multiprocessors(x.q.device)
     _reverse(
-        x, x.external, x.dfinal, x.external, x.external, x.entering[:1], x.do, halves=2,
-        segment=segment, width=count, store=False,
+        x, x.external, x.dfinal, x.external, x.external, x.entering[:1], x.do,
+        halves=1 if few else 2, segment=segment, width=count, store=False,
     )  # fmt: skip
 
 

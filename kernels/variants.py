@@ -108,8 +108,8 @@ def variants(
         for halves in (1, 2):
             yield Variant("recurrence", {"value_dim": 128, "halves": halves, **common})
             yield Variant("replay", {"halves": halves, **chain})
-            yield Variant("reverse", {"halves": halves, "store": True, **chain})
-        yield Variant("reverse", {"halves": 2, "store": False, **chain})
+            for store in (True, False):
+                yield Variant("reverse", {"halves": halves, "store": store, **chain})
         last = {"processors": processors, **chain}
         yield Variant("gradients", {"ratio": value_heads // key_heads, **last})
         yield Variant("beta_gradient", {"smallest": SMALLEST_BETA[dtype], **last})
