@@ -158,7 +158,11 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
 
             if tx < 256:
                 T.set_max_nreg(232, 1)
-                if place[1] < 0 or place[1] == tx // 128:
+                # of lane 0: the compiler sees that a warp does not part here
+                if (
+                    T.shfl_sync(T.if_then_else(place[1] < 0, tx // 128, place[1]) - tx // 128, 0)
+                    == 0
+                ):
                     if kind == 1 and n[0] > 0:
                         for x in T.serial(stages * C * 64 // 1024):
                             for y in T.vectorized(8):
