@@ -9,6 +9,8 @@ docs/results/cp-timeline.png; the numbers, how much of the exchange other kernel
 import functools
 import json
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,13 @@ class Options:
     out: str = "docs/results/cp-timeline"
 
 
-def annotate() -> None:
-    """Let the trace know which step of the operator launches what."""
+def annotate(note: Callable[[str], AbstractContextManager[Any]] = record_function) -> None:
+    """Let the trace, or whoever keeps the notes, know which step of the operator launches what."""
 
     def labelled(name: str, function: Any) -> Any:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with record_function(name):
+            with note(name):
                 return function(*args, **kwargs)
 
         return call
@@ -87,8 +89,9 @@ def spans(trace: dict[str, Any]) -> list[dict[str, Any]]:
         stream = e["args"]["stream"]
         copy = e["cat"] == "gpu_memcpy"
         found.append(
-            {"step": step, "start": e["ts"], "us": e["dur"], "stream": stream, "copy": copy}
-        )
+            {"step": step, "start": e["ts"], "us": e["dur"], "stream": stream, "copy": copy,
+             "launched": launch["ts"]}
+        )  # fmt: skip
     return found
 
 

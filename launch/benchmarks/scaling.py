@@ -20,6 +20,9 @@ Every row says which it is, and so does the plot of all these files, scaling.png
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -104,46 +106,69 @@ def rank_turns(group: VirtualGroup, inputs: list[Tensor], do: Tensor, repeats: i
     return turns
 
 
-def busy(kernels: list[dict[str, Any]], base: int, turns: Turns) -> tuple[float, dict[str, float]]:
-    """Milliseconds in which a kernel ran during the turns, and those of each step's kernels, which may overlap."""
+Notes = list[tuple[str, int, int]]  # which step of the operator ran when, in ns as turns
+
+
+def busy(
+    kernels: list[dict[str, Any]], base: int, turns: Turns, notes: Notes
+) -> tuple[float, dict[str, float]]:
+    """Milliseconds in which a kernel ran during the turns, and those of the kernels that each step launched, which
+    may overlap."""
     total, steps, end = 0.0, dict[str, float](), float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel["start"]):
         start, stop = kernel["start"], kernel["start"] + kernel["us"]
         middle = base + (start + stop) / 2 * 1e3
         if kernel["copy"] or not any(first <= middle <= last for first, last in turns):
             continue
-        steps[kernel["step"]] = steps.get(kernel["step"], 0.0) + kernel["us"] / 1e3
+        launched = base + kernel["launched"] * 1e3
+        inside = [(begun, step) for step, begun, over in notes if begun <= launched <= over]
+        step = max(inside)[1] if inside else "other"
+        steps[step] = steps.get(step, 0.0) + kernel["us"] / 1e3
         total += max(0.0, stop - max(start, end)) / 1e3
         end = max(end, stop)
     return total, steps
 
 
 def rank_times(
-    P: int, inputs: list[Tensor], do: Tensor, repeats: int
+    P: int, inputs: list[Tensor], do: Tensor, repeats: int, notes: Notes
 ) -> list[tuple[float, dict[str, float]]]:
     """:func:`busy` of every rank: the median repeat's."""
     run_virtual_ranks(P, rank_turns, inputs, do, 1, device="cuda")
-    with profile(
-        activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA],
-        experimental_config=_ExperimentalConfig(profile_all_threads=True),
-    ) as profiler:
+    notes.clear()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         turns = run_virtual_ranks(P, rank_turns, inputs, do, repeats, device="cuda")
     trace = read_trace(profiler)
     kernels, base = spans(trace), trace["baseTimeNanoseconds"]
     found = []
     for rank in turns:
-        times = sorted((busy(kernels, base, each) for each in rank), key=lambda times: times[0])
+        times = sorted(
+            (busy(kernels, base, each, notes) for each in rank), key=lambda times: times[0]
+        )
         found.append(times[len(times) // 2])
     return found
 
 
-def predict(options: Options, series: Series) -> list[dict[str, Any]]:
+def keep_notes() -> Notes:
+    """Notes of what runs from now on: a profiler's own annotations miss threads that begin later."""
+    notes: Notes = []
+
+    @contextmanager
+    def note(step: str) -> Iterator[None]:
+        begun = time.time_ns()
+        yield
+        notes.append((step, begun, time.time_ns()))
+
+    annotate(note)
+    return notes
+
+
+def predict(options: Options, series: Series, notes: Notes) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for P in options.ranks:
         if options.most_tokens < P * series.a_rank(P):
             continue
         inputs = list(draw(series.a_rank(P), *series.heads, series.gates, 0))
-        ranks = rank_times(P, inputs, torch.randn_like(inputs[2]), options.repeats)
+        ranks = rank_times(P, inputs, torch.randn_like(inputs[2]), options.repeats, notes)
         slowest, steps = max(ranks, key=lambda times: times[0])
         state = series.heads[1] * 128 * 128 * 4
         link = 0.0
@@ -248,9 +273,9 @@ def main(arguments: list[str]) -> None:
                     write(path.with_name(f"{path.name}-{P}xh200"), options, rows, gpus=P)
     else:
         rank = 0
-        annotate()
+        notes = keep_notes()
         for each in tqdm(series, unit="series"):
-            new = predict(options, each)
+            new = predict(options, each, notes)
             rows += new
             write(path.with_name(f"{path.name}-predicted"), options, rows)
             for row in new:

@@ -79,18 +79,18 @@ def test_the_plot_has_a_bar_a_measurement(benchmarks, tmp_path):
 def test_a_rank_is_busy_while_its_kernels_run(benchmarks):
     """In two turns: kernels of 100 and 60 us that overlap by 20, a copy, and one of 30 us; others' do not count."""
 
-    def kernel(step, start, us, copy=False):
-        return {"step": step, "start": start, "us": us, "stream": 7, "copy": copy}
+    def kernel(start, us, copy=False):
+        return {"launched": start - 5, "start": start, "us": us, "copy": copy}
 
     kernels = [
-        kernel("open", 10, 100), kernel("replay", 90, 60), kernel("exchange", 150, 20, copy=True),
-        kernel("open", 210, 50), kernel("close", 310, 30),
+        kernel(10, 100), kernel(90, 60), kernel(150, 20, copy=True), kernel(210, 50), kernel(310, 30)
     ]  # fmt: skip
     base = 1_000_000
     turns = [(base, base + 200_000), (base + 300_000, base + 400_000)]
-    total, steps = benchmarks["scaling"].busy(kernels, base, turns)
+    notes = [("open", base, base + 90_000), ("replay", base + 80_000, base + 90_000)]
+    total, steps = benchmarks["scaling"].busy(kernels, base, turns, notes)
     assert abs(total - 0.17) < 1e-9
-    assert steps == {"open": 0.1, "replay": 0.06, "close": 0.03}
+    assert steps == {"open": 0.1, "replay": 0.06, "other": 0.03}
 
 
 def test_the_plot_tells_predictions_from_measurements(benchmarks, tmp_path):

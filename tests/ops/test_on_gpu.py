@@ -303,11 +303,15 @@ def test_kernels_over_many_virtual_ranks(size, cu_seqlens, sizes):
         return [context.gather(o), final, *grads]
 
     ref = gradients_of_the_recurrence(case, cu_seqlens)
+    alone = overall_errors(kernel_gradients(case, cu_seqlens=cu_seqlens), ref)
+    # dg of slow heads scatters between roundings: one GPU's is up to 1e-2 for such cases
+    bounds = {name: max(8e-3, 1.5 * error) for name, error in alone.items()}
     for exchange in EXCHANGES:
         results = run_virtual_ranks(size, step, exchange, device="cuda")
         for got in (results[0], results[-1]):
             errors = overall_errors(got, ref)
-            assert max(errors.values()) < 8e-3, (exchange, errors)
+            worse = {n: (e, alone[n]) for n, e in errors.items() if e > bounds[n]}
+            assert not worse, (exchange, worse)
 
 
 def _whole_sequence(heads, T):
