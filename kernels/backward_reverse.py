@@ -5,12 +5,9 @@
 with G the cumulative log gate of a chunk, gamma = exp(G), r = exp(G_C - G), `a` from prepare.py and
 P_ij = scale exp(G_i - G_j) q_i k_j, j <= i. One CTA a (segment, value head, 64 value columns a
 warpgroup); dS is kept transposed in a warpgroup's accumulators (recurrence.py), P comes from an
-auxiliary warpgroup. P and dO of rows past the end of a document are masked. What rounding took from
-the diagonal of `a` is added in fp32 (backward_replay.py).
-
-The loop over a segment's chunks is one chain of latency where few CTAs run: P^T dO of the next chunk is
-multiplied while this one's last product runs (`ahead`, which takes registers that two warpgroups a CTA
-do not have).
+auxiliary warpgroup (backward_supplier.py). P and dO of rows past the end of a document are masked. What
+rounding took from the diagonal of `a` is added in fp32 (backward_replay.py). With one warpgroup a CTA,
+which has the registers, P^T dO of the next chunk runs with this one's last product (`ahead`).
 
     store = True    the main pass, from the gradients of the states that leave the segments
                     (reverse_scan.py) and of the final ones: dV, the dS that leaves every chunk, dh0.
@@ -26,7 +23,9 @@ do not have).
 import tilelang
 import tilelang.language as T
 
+from .backward_blocks import CHUNKS, COUNTS, FIRST, Spot, walks
 from .backward_common import SOURCE, send_state, stage_rows, stage_state
+from .backward_supplier import Given, Ring, Room, supplier
 from .common import (
     CHUNK,
     CHUNK_SLOT,
@@ -39,14 +38,9 @@ from .common import (
     ROW,
     TARGET,
     accumulator_layout,
-    find_document,
-    find_segment,
     load_transposed,
     transposed_layout,
-)
-from .summary import LOG2_NEGLIGIBLE
-
-CHUNKS, COUNTS, FIRST = range(3)  # what find_walk leaves behind
+)  # fmt: skip
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -56,10 +50,12 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
     stages = 3 if not store or halves == 1 else 2
     ahead = halves == 1  # there are registers for it
     f32, i32 = "float32", "int32"
-    L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
+    L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("parts")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
-    ND, NF, NR, NO = T.dynamic("ND"), T.dynamic("NF"), T.dynamic("NR"), T.dynamic("NO")
+    ND, NF, NR, NO = T.dynamic("ND"), T.dynamic("NF"), T.dynamic("NR"), T.dynamic("chunks")
     NB = T.dynamic("NB")
+    find_block, find_walk = walks(store=store, heads=Hv)
+    make_pairs, load = supplier(halves, stages, store, dtype, normalize, key_heads=Hk, heads=Hv)
 
     def product(x, y):
         """Not fused with the sum that follows: there is a wait in between where halves == 2."""
@@ -75,50 +71,6 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                 if at + r < end:
                     for y in T.vectorized(8):
                         dv[at + r, h, column + tx % 8 * 8 + y] = os_[w * C + r, tx % 8 * 8 + y]
-
-    @T.macro
-    def locate(cu, slot, segment, documents, bits, at, span, x):
-        """span[x] <- the segment that holds a chunk's slot."""
-        find_document(cu, slot, C, documents, bits, at)
-        begin, doc = cu[at[DOC]], at[DOC]
-        part = T.truncdiv(slot - T.truncdiv(begin, C) - doc, segment)
-        span[x] = T.truncdiv(begin, segment * C) + doc + part
-
-    @T.macro
-    def find_block(cu, first, chunks, parts, segment, documents, bits, at, span, done):
-        span[0] = 0
-        span[1] = parts - 1
-        done[0] = 0
-        if store:
-            for x in T.unroll(2):
-                locate(cu, first + x * (chunks - 1), segment, documents, bits, at, span, x)
-
-    @T.macro
-    def find_walk(
-        cu, z, gate, h, segment, documents, bits, first, chunks, truncate, open_left, at, walk
-    ):
-        """A segment, what of it to walk, and whether the state behind it counts."""
-        find_segment(cu, z, segment, documents, bits, at)
-        walk[FIRST] = 0
-        walk[CHUNKS] = at[COUNT]
-        walk[COUNTS] = 1
-        if store:
-            walk[FIRST] = T.max(first - at[CHUNK_SLOT], 0)
-            end = T.min(at[COUNT], first + chunks - at[CHUNK_SLOT])
-            walk[CHUNKS] = T.max(end - walk[FIRST], 0)
-        else:
-            if at[PART] == 0 and at[DOC] >= open_left:
-                walk[CHUNKS] = 0
-            if truncate != 0 and walk[CHUNKS] > 0:
-                T.call_extern(
-                    "handle",
-                    "gdn::near_chunks",
-                    T.access_ptr(gate[at[CHUNK_SLOT], h, C - 1], "r"),
-                    -(Hv * C),
-                    at[COUNT],
-                    LOG2_NEGLIGIBLE,
-                    T.access_ptr(walk[CHUNKS], "w"),
-                )
 
     @T.macro
     def send(ss, os_, dleaving, dv, slot, row, rows, end, h, column, tx):
@@ -234,14 +186,20 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             done = T.alloc_local((1,), i32)  # chunks so far
             span = T.alloc_local((2,), i32)  # segments of the block
 
+            given = Given(q, k, do, a, gate, rnorm, beta, cu)
+            room = Room(ks, qs, as_, xs, ps, gs, ein, eout, eq, lost, P, Pb)
+            if normalize:
+                room = room._replace(rs=rs, rq=rq, square=square)
+            ring = Ring(full, empty, ready, spent)
+            spot = Spot(tile, h, z, width, first, segment, bits, truncate, open_left, NO, NS, N1, at,
+                        walk, done, span)  # fmt: skip
+
             if tx < workers:
                 T.set_max_nreg(208 if halves == 2 else 240, 1)
-                find_block(cu, first, NO, NS, segment, N1 - 1, bits, at, span, done)
+                find_block(cu, spot)
                 for turn in T.serial(T.ceildiv(span[1] + 1 - span[0] - z, width)):
                     part = span[0] + z + turn * width
-                    find_walk(
-                        cu, part, gate, h, segment, N1 - 1, bits, first, NO, truncate, open_left, at, walk,
-                    )  # fmt: skip
+                    find_walk(given, part, spot)
                     n = walk[CHUNKS]
                     row = at[ROW] + walk[FIRST] * C
                     slot = at[CHUNK_SLOT] + walk[FIRST]
@@ -382,117 +340,10 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                 if tx < workers + 128:
                     T.set_max_nreg(72 if halves == 2 else 104, 0)
                     t = tx - workers
-                    diagonal = T.alloc_local((1,), f32)
-                    find_block(cu, first, NO, NS, segment, N1 - 1, bits, at, span, done)
-                    for turn in T.serial(T.ceildiv(span[1] + 1 - span[0] - z, width)):
-                        part = span[0] + z + turn * width
-                        find_walk(
-                            cu, part, gate, h, segment, N1 - 1, bits, first, NO, truncate, open_left, at, walk,
-                        )  # fmt: skip
-                        n = walk[CHUNKS]
-                        row = at[ROW] + walk[FIRST] * C
-                        slot = at[CHUNK_SLOT] + walk[FIRST]
-                        for i in T.serial(n):
-                            c = n - 1 - i
-                            s = (done[0] + i) % stages
-                            b = (done[0] + i) % 2
-                            valid = at[END] - row - c * C
-                            diagonal[0] = 0.0
-                            if t < T.min(valid, C):
-                                diagonal[0] = T.cast(beta[row + c * C + t, h], f32)
-                            T.mbarrier_wait_parity(full[s], ((done[0] + i) // stages) % 2)
-                            if halves == 1:  # there are registers for it
-                                T.wgmma_gemm(
-                                    qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                                )
-                            if normalize:
-                                square[0] = T.call_extern(
-                                    f32,
-                                    "gdn::square_sum",
-                                    T.access_ptr(qs[s, t // 2, t % 2 * (K // 2)], "r"),
-                                    dtype == "float16",
-                                )
-                                square[0] += T.shfl_xor(square[0], 1)
-                                rq[t // 2] = scale * T.rsqrt(square[0] + 1e-6)
-                                T.call_extern("handle", "gdn::wait_named", 3)
-                            T.mbarrier_wait_parity(spent[b], ((done[0] + i) // 2) % 2 ^ 1)
-                            if halves == 2:
-                                T.wgmma_gemm(
-                                    qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True
-                                )
-                            if t < C:
-                                G = gs[s, t]
-                                lost[b, t] = diagonal[0] - T.cast(as_[s, t, t], f32)
-                                if normalize:
-                                    ein[b, t] = -T.exp2(G) * rs[s, t]
-                                    eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
-                                    eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * rq[t], 0.0)
-                                else:
-                                    ein[b, t] = -T.exp2(G)
-                                    eout[b, t] = T.exp2(gs[s, C - 1] - G)
-                                    eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * scale, 0.0)
-                            T.wait_wgmma(0)
-                            # the mask comes after the arithmetic: branches here cost more than exps
-                            for x, y in T.Parallel(C, C):
-                                P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                            if normalize:
-                                for x, y in T.Parallel(C, C):
-                                    P[x, y] *= rq[x] * rs[s, y]
-                            else:
-                                for x, y in T.Parallel(C, C):
-                                    P[x, y] *= scale
-                            for x, y in T.Parallel(C, C):
-                                P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
-                            if valid < C:
-                                for x, y in T.Parallel(C, C):
-                                    P[x, y] = T.if_then_else(x < valid, P[x, y], 0.0)
-                            T.copy(P, Pb)
-                            T.copy(Pb, ps[b * C : (b + 1) * C, :])
-                            T.call_extern("handle", "gdn::fence_shared")
-                            if normalize:  # rq is read before the next chunk writes it
-                                T.call_extern("handle", "gdn::wait_named", 3)
-                            T.mbarrier_arrive(ready[b])
-                            T.mbarrier_arrive(empty[s])
-                        done[0] += n
+                    make_pairs(given, room, ring, spot, scale, t)
                 else:
                     T.set_max_nreg(24, 0)
                     if tx < workers + 160:
-                        hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
-                        find_block(cu, first, NO, NS, segment, N1 - 1, bits, at, span, done)
-                        for turn in T.serial(T.ceildiv(span[1] + 1 - span[0] - z, width)):
-                            part = span[0] + z + turn * width
-                            find_walk(
-                                cu, part, gate, h, segment, N1 - 1, bits, first, NO, truncate, open_left, at, walk,
-                            )  # fmt: skip
-                            n = walk[CHUNKS]
-                            row = at[ROW] + walk[FIRST] * C
-                            slot = at[CHUNK_SLOT] + walk[FIRST]
-                            for i in T.serial(n):
-                                c = n - 1 - i
-                                s = (done[0] + i) % stages
-                                r0 = row + c * C
-                                T.mbarrier_wait_parity(empty[s], ((done[0] + i) // stages) % 2 ^ 1)
-                                T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
-                                T.tma_copy(q[r0 : r0 + C, hk, :], qs[s, :, :], barrier=full[s])
-                                T.tma_copy(gate[slot + c, h, :], gs[s, :], barrier=full[s])
-                                if normalize:
-                                    T.tma_copy(rnorm[slot + c, hk, :], rs[s, :], barrier=full[s])
-                                for half in range(halves):
-                                    T.tma_copy(
-                                        do[
-                                            r0 : r0 + C,
-                                            h,
-                                            tile * BV + half * HALF : tile * BV
-                                            + half * HALF
-                                            + HALF,
-                                        ],
-                                        xs[
-                                            (s * halves + half) * C : (s * halves + half + 1) * C, :
-                                        ],
-                                        barrier=full[s],
-                                    )
-                                T.tma_copy(a[slot + c, h, :, :], as_[s, :, :], barrier=full[s])
-                                T.mbarrier_arrive(full[s])
-                            done[0] += n
+                        load(given, room, ring, spot)
 
     return main

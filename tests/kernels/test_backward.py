@@ -186,7 +186,7 @@ PACKED = [1, 63, 64, 65, 200, 0, 130, 129, 700]
 def test_blocks_of_time(monkeypatch, poison, lengths, plan, block, halves):
     """A dS chain that goes on in the next block has the bits of one that does not, and so do both halves
     of the columns together and apart."""
-    from cp_gdn.kernels import backward
+    from cp_gdn.kernels import backward_opened, backward_walk
     from cp_gdn.kernels.plan import Plan
 
     x = draw(lengths, 2, 4, gates="mixed", initial=True, device="cuda")
@@ -194,28 +194,28 @@ def test_blocks_of_time(monkeypatch, poison, lengths, plan, block, halves):
     y, plan = draw_cotangents(x), Plan(*plan)
     want = forward_and_backward(x, y, plan=plan)
     size = block * plan.segment if plan.split and len(lengths) == 1 else block
-    monkeypatch.setattr(backward, "_block", lambda *_: size)
-    monkeypatch.setattr(backward, "_halves", lambda *_: halves)
+    monkeypatch.setattr(backward_opened, "block_length", lambda *_: size)
+    monkeypatch.setattr(backward_walk, "halves_of", lambda *_: halves)
     got = forward_and_backward(x, y, plan=plan)
     assert not [n for n, a, b in zip(NAMES, got, want, strict=True) if not torch.equal(a, b)]
 
 
 def test_a_lost_carry_shows(monkeypatch):
     """What goes on from one block to the next is what the test above is about."""
-    from cp_gdn.kernels import backward
+    from cp_gdn.kernels import backward_opened, backward_walk
     from cp_gdn.kernels.plan import Plan
 
     x = draw([400], 2, 4, gates="slow", initial=True, device="cuda")
     y, plan = draw_cotangents(x), Plan(100, 1, False)
     want = forward_and_backward(x, y, plan=plan)
-    walk_block = backward._walk_block
+    walk_block = backward_walk.walk_block
 
     def forgetful(x, walk, *rest):
         walk.carried.zero_()
         walk_block(x, walk, *rest)
 
-    monkeypatch.setattr(backward, "_block", lambda *_: 3)
-    monkeypatch.setattr(backward, "_walk_block", forgetful)
+    monkeypatch.setattr(backward_opened, "block_length", lambda *_: 3)
+    monkeypatch.setattr(backward_walk, "walk_block", forgetful)
     got = forward_and_backward(x, y, plan=plan)
     assert error(got.dh0, want.dh0.double()) > 0.05
 

@@ -1,0 +1,179 @@
+"""What the warpgroups of the dS chain (backward_reverse.py) live on, two roles of its auxiliary warps.
+
+    make_pairs    P_ij = scale exp(G_i - G_j) q_i k_j, j <= i, and the factors of a chunk's rows
+    load          a chunk's q, k, dO, `a` and gates into shared memory
+
+Both walk the chunks that the chain walks, a few ahead of it.
+"""
+
+from typing import Any, NamedTuple
+
+import tilelang.language as T
+
+from .backward_blocks import CHUNKS, FIRST, walks
+from .common import CHUNK, CHUNK_SLOT, END, ROW
+
+
+class Given(NamedTuple):
+    """Inputs of the kernel."""
+
+    q: Any
+    k: Any
+    do: Any
+    a: Any
+    gate: Any
+    rnorm: Any
+    beta: Any
+    cu: Any
+
+
+class Room(NamedTuple):
+    """Shared memory of a CTA, and the auxiliary warpgroup's P."""
+
+    ks: Any
+    qs: Any
+    as_: Any
+    xs: Any  # dO
+    ps: Any  # P
+    gs: Any
+    ein: Any  # -gamma
+    eout: Any  # r
+    eq: Any  # scale gamma
+    lost: Any  # beta - a_ii
+    P: Any
+    Pb: Any
+    rs: Any = None  # where the kernels normalise
+    rq: Any = None
+    square: Any = None
+
+
+class Ring(NamedTuple):
+    """Barriers: of a chunk's tiles, and of its P and row factors."""
+
+    full: Any
+    empty: Any
+    ready: Any
+    spent: Any
+
+
+def supplier(halves, stages, store, dtype, normalize, *, key_heads, heads):
+    """The macros `make_pairs` and `load`."""
+    C, K, HALF, f32 = CHUNK, 128, 64, "float32"
+    BV = HALF * halves
+    find_block, find_walk = walks(store=store, heads=heads)
+
+    @T.macro
+    def make_pairs(given, room, ring, spot, scale, t):
+        diagonal = T.alloc_local((1,), f32)
+        find_block(given.cu, spot)
+        for turn in T.serial(T.ceildiv(spot.span[1] + 1 - spot.span[0] - spot.z, spot.width)):
+            part = spot.span[0] + spot.z + turn * spot.width
+            find_walk(given, part, spot)
+            n = spot.walk[CHUNKS]
+            row = spot.at[ROW] + spot.walk[FIRST] * C
+            for i in T.serial(n):
+                c = n - 1 - i
+                s = (spot.done[0] + i) % stages
+                b = (spot.done[0] + i) % 2
+                valid = spot.at[END] - row - c * C
+                diagonal[0] = 0.0
+                if t < T.min(valid, C):
+                    diagonal[0] = T.cast(given.beta[row + c * C + t, spot.h], f32)
+                T.mbarrier_wait_parity(ring.full[s], ((spot.done[0] + i) // stages) % 2)
+                if halves == 1:  # there are registers for it
+                    T.wgmma_gemm(
+                        room.qs[s, :, :],
+                        room.ks[s, :, :],
+                        room.P,
+                        transpose_B=True,
+                        clear_accum=True,
+                    )
+                if normalize:
+                    room.square[0] = T.call_extern(
+                        f32,
+                        "gdn::square_sum",
+                        T.access_ptr(room.qs[s, t // 2, t % 2 * (K // 2)], "r"),
+                        dtype == "float16",
+                    )
+                    room.square[0] += T.shfl_xor(room.square[0], 1)
+                    room.rq[t // 2] = scale * T.rsqrt(room.square[0] + 1e-6)
+                    T.call_extern("handle", "gdn::wait_named", 3)
+                T.mbarrier_wait_parity(ring.spent[b], ((spot.done[0] + i) // 2) % 2 ^ 1)
+                if halves == 2:
+                    T.wgmma_gemm(
+                        room.qs[s, :, :],
+                        room.ks[s, :, :],
+                        room.P,
+                        transpose_B=True,
+                        clear_accum=True,
+                    )
+                if t < C:
+                    G = room.gs[s, t]
+                    room.lost[b, t] = diagonal[0] - T.cast(room.as_[s, t, t], f32)
+                    if normalize:
+                        room.ein[b, t] = -T.exp2(G) * room.rs[s, t]
+                        room.eout[b, t] = T.exp2(room.gs[s, C - 1] - G) * room.rs[s, t]
+                        room.eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * room.rq[t], 0.0)
+                    else:
+                        room.ein[b, t] = -T.exp2(G)
+                        room.eout[b, t] = T.exp2(room.gs[s, C - 1] - G)
+                        room.eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * scale, 0.0)
+                T.wait_wgmma(0)
+                # the mask comes after the arithmetic: branches here cost more than exps
+                for x, y in T.Parallel(C, C):
+                    room.P[x, y] *= T.exp2(T.min(room.gs[s, x] - room.gs[s, y], 0.0))
+                if normalize:
+                    for x, y in T.Parallel(C, C):
+                        room.P[x, y] *= room.rq[x] * room.rs[s, y]
+                else:
+                    for x, y in T.Parallel(C, C):
+                        room.P[x, y] *= scale
+                for x, y in T.Parallel(C, C):
+                    room.P[x, y] = T.if_then_else(x >= y, room.P[x, y], 0.0)
+                if valid < C:
+                    for x, y in T.Parallel(C, C):
+                        room.P[x, y] = T.if_then_else(x < valid, room.P[x, y], 0.0)
+                T.copy(room.P, room.Pb)
+                T.copy(room.Pb, room.ps[b * C : (b + 1) * C, :])
+                T.call_extern("handle", "gdn::fence_shared")
+                if normalize:  # rq is read before the next chunk writes it
+                    T.call_extern("handle", "gdn::wait_named", 3)
+                T.mbarrier_arrive(ring.ready[b])
+                T.mbarrier_arrive(ring.empty[s])
+            spot.done[0] += n
+
+    @T.macro
+    def load(given, room, ring, spot):
+        hk = T.truncdiv(spot.h, T.truncdiv(heads, key_heads))
+        find_block(given.cu, spot)
+        for turn in T.serial(T.ceildiv(spot.span[1] + 1 - spot.span[0] - spot.z, spot.width)):
+            part = spot.span[0] + spot.z + turn * spot.width
+            find_walk(given, part, spot)
+            n = spot.walk[CHUNKS]
+            row = spot.at[ROW] + spot.walk[FIRST] * C
+            slot = spot.at[CHUNK_SLOT] + spot.walk[FIRST]
+            for i in T.serial(n):
+                c = n - 1 - i
+                s = (spot.done[0] + i) % stages
+                r0 = row + c * C
+                T.mbarrier_wait_parity(ring.empty[s], ((spot.done[0] + i) // stages) % 2 ^ 1)
+                T.tma_copy(given.k[r0 : r0 + C, hk, :], room.ks[s, :, :], barrier=ring.full[s])
+                T.tma_copy(given.q[r0 : r0 + C, hk, :], room.qs[s, :, :], barrier=ring.full[s])
+                T.tma_copy(given.gate[slot + c, spot.h, :], room.gs[s, :], barrier=ring.full[s])
+                if normalize:
+                    T.tma_copy(given.rnorm[slot + c, hk, :], room.rs[s, :], barrier=ring.full[s])
+                for half in range(halves):
+                    T.tma_copy(
+                        given.do[
+                            r0 : r0 + C,
+                            spot.h,
+                            spot.tile * BV + half * HALF : spot.tile * BV + half * HALF + HALF,
+                        ],
+                        room.xs[(s * halves + half) * C : (s * halves + half + 1) * C, :],
+                        barrier=ring.full[s],
+                    )
+                T.tma_copy(given.a[slot + c, spot.h, :, :], room.as_[s, :, :], barrier=ring.full[s])
+                T.mbarrier_arrive(ring.full[s])
+            spot.done[0] += n
+
+    return make_pairs, load
