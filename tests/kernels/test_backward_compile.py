@@ -15,6 +15,7 @@ CASES = {
     "reverse": ({"halves": 2, "normalize": True}, 6, 32, 4),
     "reverse alone": ({"halves": 1, "normalize": True}, 7, 0, 3),
     "reverse summary": ({"halves": 2, "normalize": True, "store": False}, 6, 8, 4),
+    "reverse summary alone": ({"halves": 1, "normalize": True, "store": False}, 7, 0, 3),
     "reverse_scan": ({"entering": False}, 3, 0, 1),
     "reverse_scan entering": ({"entering": True}, 3, 0, 1),
     "gradients": ({"ratio": 4}, 9, 0, 3),

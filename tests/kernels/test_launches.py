@@ -1,0 +1,149 @@
+"""Every launch fits its kernel's signature: the host side of forward and backward, run without a GPU.
+
+Instead of being launched a kernel is compared with what it is called with: number, dtypes, ranks and sizes of its
+arguments, sizes of the same name being equal, everything contiguous.
+"""
+
+import functools
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+pytest.importorskip("tilelang", reason="tilelang is not installed")
+from tilelang import tvm
+
+from cp_gdn.kernels import backward, backward_opened, backward_walk, forward
+
+pytestmark = pytest.mark.timeout(300)
+
+FACTORIES = {}  # by id: they have no hash
+PACKED = [0, 70, 71, 200, 200, 515]
+
+
+class Nowhere:
+    """A stream and an event of no device."""
+
+    def record_event(self):
+        return self
+
+    def wait_event(self, event):
+        pass
+
+
+@functools.cache
+def signature(key, **options):
+    function = FACTORIES[key].get_tir(**options)
+    return [(p, function.buffer_map.get(p)) for p in function.params]
+
+
+def compare(factory, options, arguments):
+    FACTORIES[id(factory)] = factory
+    parameters = signature(id(factory), **options)
+    assert len(arguments) == len(parameters), (len(arguments), len(parameters))
+    sizes = {}
+    for value, (parameter, buffer) in zip(arguments, parameters, strict=True):
+        name = str(parameter)
+        if buffer is None:
+            assert isinstance(value, float if parameter.dtype == "float32" else int), (name, value)
+            continue
+        assert str(value.dtype) == f"torch.{buffer.dtype}", (name, value.dtype, buffer.dtype)
+        assert value.is_contiguous(), name
+        assert value.dim() == len(buffer.shape), (name, value.shape, buffer.shape)
+        for size, expected in zip(value.shape, buffer.shape, strict=True):
+            if isinstance(expected, tvm.tirx.Var):
+                expected = sizes.setdefault(str(expected), size)
+            assert size == int(expected), (name, value.shape, buffer.shape, sizes)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that were called."""
+    names = []
+
+    def ready(factory, **options):
+        def call(*arguments):
+            compare(factory, options, arguments)
+            names.append(factory.func.__name__)
+
+        return call
+
+    for module in (forward, backward_walk):
+        monkeypatch.setattr(module, "ready", ready)
+    for module in (forward, backward_opened, backward_walk):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(forward, "check", lambda *arguments: None)
+    monkeypatch.setattr(backward, "side_stream", lambda device: Nowhere())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Nowhere())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    return names
+
+
+def draw(B, T, Hk, Hv):
+    def zeros(*shape, dtype=torch.bfloat16):
+        return torch.zeros(B, T, *shape, dtype=dtype)
+
+    gates = zeros(Hv, dtype=torch.float32), zeros(Hv, dtype=torch.float32)
+    return [zeros(Hk, 128), zeros(Hk, 128), zeros(Hv, 128), *gates]
+
+
+def states(count, heads):
+    return torch.zeros(count, heads, 128, 128)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("large", [2**30, 2**16], ids=["whole", "in blocks"])
+@pytest.mark.parametrize(
+    ("B", "T", "heads", "cu_seqlens"),
+    [
+        (1, 1000, (2, 4), None),
+        (3, 200, (2, 4), None),
+        (1, PACKED[-1], (1, 4), PACKED),
+        (1, 4096, (16, 32), None),
+        (1, 1000, (16, 64), None),
+    ],
+)
+def test_one_call(launched, monkeypatch, B, T, heads, cu_seqlens, large, normalize):
+    monkeypatch.setattr(backward_opened, "LARGE", large)
+    inputs = draw(B, T, *heads)
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    initial = states(N, heads[1])
+    cu = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    how = {"initial_state": initial, "use_qk_l2norm_in_kernel": normalize}
+    o, final, saved = forward.chunk_gdn_forward(
+        *inputs, cu_seqlens=cu, output_final_state=True, **how
+    )
+    assert o.shape == inputs[2].shape and final.shape == initial.shape
+    assert {"prepare", "recurrence"} <= set(launched)
+    gradients = backward.chunk_gdn_backward(*inputs, saved, o, final, **how)
+    assert [g.shape for g in gradients] == [*(x.shape for x in inputs), initial.shape]
+    assert {"replay", "reverse", "gradients", "beta_gradient"} <= set(launched)
+
+
+@pytest.mark.parametrize("heads", [(2, 4), (16, 64)])
+@pytest.mark.parametrize(("left", "right"), [(0, 1), (1, 1), (1, 0)])
+def test_stages(launched, heads, left, right):
+    q, *inputs = draw(1, 1000, *heads)
+    ends = {"open_left": left, "open_right": right}
+    opened = forward.open_forward(*inputs, **ends)
+    forward.leaving_summary(opened, transition=bool(left))
+    late = states(left, heads[1]) if left else None
+    o, _, saved = forward.close_forward(opened, q, incoming=late)
+    begun = backward.open_backward(q, *inputs, saved, o, initial_state=late, **ends)
+    assert backward.entering_summary(begun).shape[0] == left
+    backward.replay(begun)
+    incoming = states(right, heads[1]) if right else None
+    gradients = backward.close_backward(begun, incoming=incoming)
+    assert [g.shape for g in gradients[:5]] == [x.shape for x in (q, *inputs)]
+
+
+def test_a_wrong_argument_is_seen(launched, monkeypatch):
+    true = forward.pack
+
+    def wrong(*arguments):
+        packed = true(*arguments)
+        return packed._replace(cu=packed.cu.long())
+
+    monkeypatch.setattr(forward, "pack", wrong)
+    with pytest.raises(AssertionError, match="cu"):
+        forward.chunk_gdn_forward(*draw(1, 100, 2, 4))
