@@ -15,7 +15,8 @@ from .backward_gradients import SMALLEST_BETA, gradients
 from .backward_replay import replay
 from .backward_reverse import reverse
 from .common import FLAGS, TARGET
-from .conv import conv_backward, conv_forward
+from .conv import conv_forward
+from .conv_backward import conv_backward
 from .gates import gates_backward, gates_forward
 from .norm import norm_backward, norm_forward
 from .prepare import prepare

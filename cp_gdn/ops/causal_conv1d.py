@@ -113,7 +113,7 @@ class _FusedConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from ..kernels.conv import causal_conv_silu_backward
+        from ..kernels.conv_backward import causal_conv_silu_backward
 
         x, before, filters, *positions = ctx.saved_tensors
         dq, dk, dv = grads
