@@ -15,6 +15,7 @@ import tilelang.language as T
 import torch
 
 from .common import FLAGS, TARGET
+from .inputs import DTYPES
 
 TAPS = 4
 THREADS = 128
@@ -163,10 +164,6 @@ def channels(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().unflatten(-1, (-1, LANES))
 
 
-def name(x: torch.Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
 def placeholder(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(1, dtype=torch.int64, device=x.device)
 
@@ -186,7 +183,7 @@ def causal_conv_silu(
         positions: [T] int64, places in the documents; None: one document a row, halo included.
     """
     B, L, _ = x.shape
-    kernel = conv_forward(sizes=sizes, dtype=name(x), packed=positions is not None)
+    kernel = conv_forward(sizes=sizes, dtype=DTYPES[x.dtype], packed=positions is not None)
     parts = tuple(x.new_empty(B, L, size) for size in sizes)
     kernel(
         *(channels(t) for t in (x, halo)),

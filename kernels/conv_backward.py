@@ -20,9 +20,9 @@ from .conv import (
     convolve,
     load_history,
     load_weight,
-    name,
     placeholder,
 )
+from .inputs import DTYPES
 
 STRIP = 256  # tokens of a CTA
 
@@ -206,7 +206,7 @@ def causal_conv_silu_backward(
     """dx [B, T, D], dhalo [B, 3, D] in the dtype of x, and dweight [D, 4] fp32, from dq, dk, dv."""
     B, L, D = x.shape
     sizes = tuple(grad.shape[2] for grad in grads)
-    kernel = conv_backward(sizes=sizes, dtype=name(x), packed=positions is not None)
+    kernel = conv_backward(sizes=sizes, dtype=DTYPES[x.dtype], packed=positions is not None)
     dx, dhalo = x.new_empty(B, L, D), x.new_empty(B, TAPS - 1, D)
     dweight = x.new_empty(B, -(-L // STRIP), D, TAPS, dtype=torch.float32)
     kernel(

@@ -14,6 +14,7 @@ import tilelang.language as T
 import torch
 
 from .common import FLAGS, TARGET
+from .inputs import DTYPES
 
 THREADS = 256
 ACCURATE = {**FLAGS, tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: False}
@@ -164,7 +165,7 @@ def decay_and_strength(
     """g and beta [..., H] fp32 of a and b [..., H] bf16 or fp16; A_log and dt_bias [H] fp32."""
     heads = a.shape[-1]
     g, beta = (torch.empty(a.shape, dtype=torch.float32, device=a.device) for _ in range(2))
-    kernel = gates_forward(heads=heads, dtype=_name(a))
+    kernel = gates_forward(heads=heads, dtype=DTYPES[a.dtype])
     kernel(*(_tokens(t) for t in (a, b)), *_heads(A_log, dt_bias), *(_tokens(t) for t in (g, beta)))
     return g, beta
 
@@ -184,7 +185,7 @@ def decay_and_strength_backward(
     held = THREADS // (heads // lanes(heads))
     blocks = min(-(-a.numel() // (heads * held)), 4 * processors)
     partial = torch.empty(blocks, 2, heads, dtype=torch.float32, device=a.device)
-    kernel = gates_backward(heads=heads, dtype=_name(a))
+    kernel = gates_backward(heads=heads, dtype=DTYPES[a.dtype])
     kernel(
         *(_tokens(t) for t in (a, b)),
         *_heads(A_log, dt_bias),
@@ -202,7 +203,3 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
 
 def _heads(*parameters: torch.Tensor) -> list[torch.Tensor]:
     return [_tokens(p)[0] for p in parameters]
-
-
-def _name(x: torch.Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ import tilelang.language as T
 import torch
 
 from .common import FLAGS, TARGET
+from .inputs import DTYPES
 
 LANES = 8
 THREADS = 256
@@ -189,7 +190,7 @@ def gated_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: floa
     """rmsnorm(x) * weight * silu(z), x and z [..., dim] bf16 or fp16 (dim 64, 128 or 256), weight fp32."""
     dim = x.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    kernel = norm_forward(dim=dim, dtype=_name(x))
+    kernel = norm_forward(dim=dim, dtype=DTYPES[x.dtype])
     kernel(_rows(x), _rows(z), _rows(weight)[0], _rows(y), eps)
     return y
 
@@ -208,14 +209,10 @@ def gated_norm_backward(
     held = THREADS * LANES * BATCH  # numbers of a CTA at a time
     blocks = min(-(-x.numel() // held), BLOCKS * processors)
     dweight = x.new_empty(blocks, dim, dtype=torch.float32)
-    kernel = norm_backward(dim=dim, dtype=_name(x))
+    kernel = norm_backward(dim=dim, dtype=DTYPES[x.dtype])
     kernel(*map(_rows, (x, z)), _rows(weight)[0], *map(_rows, (dy, dx, dz)), dweight, eps)
     return dx, dz, dweight.sum(0)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(-1, x.shape[-1] // LANES, LANES)
-
-
-def _name(x: torch.Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
