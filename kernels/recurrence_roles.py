@@ -22,6 +22,18 @@ def auxiliary(*, stages, ahead, normalize, dtype):
     f32 = "float32"
 
     @T.macro
+    def scale_pairs(X, rq, rs, b, s, scale):
+        """The scale, the norms, and the mask, which comes after the arithmetic: branches there cost more than exps."""
+        if normalize:
+            for x, y in T.Parallel(C, C):
+                X[x, y] *= rq[b, x] * rs[s, y]
+        else:
+            for x, y in T.Parallel(C, C):
+                X[x, y] *= scale
+        for x, y in T.Parallel(C, C):
+            X[x, y] = T.if_then_else(x >= y, X[x, y], 0.0)
+
+    @T.macro
     def run(qs, ks, gs, rs, ps, ein, eout, eq, es, rq, square, P, Pb, D, full, empty, ready, spent,
             n, t, scale):  # fmt: skip
         for c in T.serial(n):
@@ -43,14 +55,7 @@ def auxiliary(*, stages, ahead, normalize, dtype):
             if ahead:  # while the product runs
                 for x, y in T.Parallel(C, C):
                     D[x, y] = T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                if normalize:
-                    for x, y in T.Parallel(C, C):
-                        D[x, y] *= rq[b, x] * rs[s, y]
-                else:
-                    for x, y in T.Parallel(C, C):
-                        D[x, y] *= scale
-                for x, y in T.Parallel(C, C):
-                    D[x, y] = T.if_then_else(x >= y, D[x, y], 0.0)
+                scale_pairs(D, rq, rs, b, s, scale)
             T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
             if t < C:
                 G = gs[s, t]
@@ -71,17 +76,9 @@ def auxiliary(*, stages, ahead, normalize, dtype):
                 for x, y in T.Parallel(C, C):
                     P[x, y] *= D[x, y]
             else:
-                # the mask comes after the arithmetic: branches here cost more than exps
                 for x, y in T.Parallel(C, C):
                     P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                if normalize:
-                    for x, y in T.Parallel(C, C):
-                        P[x, y] *= rq[b, x] * rs[s, y]
-                else:
-                    for x, y in T.Parallel(C, C):
-                        P[x, y] *= scale
-                for x, y in T.Parallel(C, C):
-                    P[x, y] = T.if_then_else(x >= y, P[x, y], 0.0)
+                scale_pairs(P, rq, rs, b, s, scale)
             T.copy(P, Pb)
             T.copy(Pb, ps[b * C : (b + 1) * C, :])
             T.fence_proxy_async()
