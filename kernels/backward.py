@@ -108,12 +108,10 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     """
     x = opened
     here = torch.cuda.current_stream(x.q.device)
-    if x.in_blocks:
+    if x.in_blocks or many(x):
         x.pairs[:, :1].zero_()
-        return
-    if many(x):
-        x.pairs[:, :1].zero_()
-        replay_states(x)
+        if not x.in_blocks:  # else block by block
+            replay_states(x)
         return
     beside = side_stream(x.q.device)
     beside.wait_event(here.record_event() if x.open_left and not at_once else x.begun)
