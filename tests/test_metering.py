@@ -25,10 +25,14 @@ class _Event:
         return 1.0
 
 
-def test_a_meter_that_nobody_reads_stays_small(monkeypatch):
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def test_a_meter_that_nobody_reads_stays_small():
     meter = CommMeter()
     for _ in range(50):
         with meter.span(8, torch.device("cuda", 0), "a message"):
@@ -38,10 +42,7 @@ def test_a_meter_that_nobody_reads_stays_small(monkeypatch):
     assert not meter._spans and meter.take()["seconds"] == 0.0
 
 
-def test_the_events_of_a_span_that_is_watched_are_not_used_again(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Event", _Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+def test_the_events_of_a_span_that_is_watched_are_not_used_again():
     meter, seen = CommMeter(), []
     operations.start()
     try:
