@@ -11,9 +11,8 @@ The exchanges differ only in who evaluates this chain: neighbours (ring), the ow
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
 # ---- boundary states -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Transitions:
+class Transitions(NamedTuple):
     """The M that the backward reuses: this rank's own (ring), or every rank's for the owned or for all heads."""
 
     own: Tensor | None = None
@@ -36,11 +34,11 @@ class Transitions:
 
 
 def start_exchange_states(
-    summary: Summary, context: "CPContext"
+    summary: Summary, context: "CPContext", ready: Mark | None
 ) -> Pending[tuple[Tensor | None, Transitions]]:
-    """:func:`exchange_states`, while the current stream goes on."""
-    device = summary.S.device
-    return Pending(partial(exchange_states, summary, context), device, summary, mark(device))
+    """:func:`exchange_states` of a summary that was there at ``ready`` (comm.mark), beside what the current stream
+    does since then and next."""
+    return Pending(partial(exchange_states, summary, context), summary.S.device, summary, ready)
 
 
 def start_exchange_gradients(
@@ -57,6 +55,7 @@ def start_exchange_gradients(
 def exchange_states(summary: Summary, context: "CPContext") -> tuple[Tensor | None, Transitions]:
     """State that enters this rank from its predecessor, [B, Hv, K, V]; None where no document crosses the cut.
 
+    A rank without a state for its successor gives room for what it receives as ``summary.S``.
     ``summary.M`` [B, Hv, K, K] is needed on through ranks only. The second result serves :func:`exchange_gradients`.
     """
     with operations.named(f"boundary states, {context.exchange}"):
@@ -76,14 +75,13 @@ def exchange_gradients(dS: Tensor, transitions: Transitions, context: "CPContext
         return run(Summary(None, dS), transpose(transitions.by_rank), context, reverse=True)[0]
 
 
-def receive_state(like: Tensor, context: "CPContext", *, reverse: bool = False) -> Tensor | None:
-    """The neighbour's state (reverse: the successor's gradient), or None where nothing crosses that cut."""
+def receive_state(room: Tensor, context: "CPContext", *, reverse: bool = False) -> Tensor | None:
+    """The neighbour's state (reverse: the successor's gradient) in ``room``; None where nothing crosses that cut."""
     if not (context.crosses_right if reverse else context.crosses_left):
         return None
-    buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
     with operations.named("boundary state"):
-        swap([], [(context.rank + (1 if reverse else -1), buffer)], context)
-    return buffer
+        swap([], [(context.rank + (1 if reverse else -1), room)], context)
+    return room
 
 
 def send_state(state: Tensor, context: "CPContext", *, reverse: bool = False) -> None:
@@ -94,9 +92,13 @@ def send_state(state: Tensor, context: "CPContext", *, reverse: bool = False) ->
 
 
 def _ring(summary: Summary, context: "CPContext", *, reverse: bool) -> Tensor | None:
-    S_in = receive_state(summary.S, context, reverse=reverse)
-    through = Summary(summary.M if context.through(context.rank) else None, summary.S)
-    send_state(apply(through, S_in), context, reverse=reverse)
+    room = summary.S  # no more than that, where nothing is sent
+    if context.crosses_left and context.crosses_right:
+        room = torch.empty_like(room, memory_format=torch.contiguous_format)
+    S_in = receive_state(room, context, reverse=reverse)
+    if not context.is_through:  # nothing goes on from S_in
+        summary = Summary(None, summary.S)
+    send_state(apply(summary, S_in), context, reverse=reverse)
     return S_in
 
 

@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 def _nbytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum([t.nbytes for t in tensors])
 
 
 def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
@@ -43,7 +43,7 @@ def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
         targets, sources = sorted({p for p, _ in outgoing}), sorted({p for p, _ in incoming})
         return f"to ranks {targets}, from ranks {sources}"
 
-    with meter.span(_nbytes(*(t for _, t in outgoing)), device, what) as stream:
+    with meter.span(sum([t.nbytes for _, t in outgoing]), device, what) as stream:
         if isinstance(group, VirtualGroup):
             group.exchange(outgoing, incoming)
             return
@@ -86,7 +86,8 @@ def _by_mail(
 ) -> None:
     """What fits into the boxes, on one stream, so that both sides keep the order of their calls; the rest by NCCL."""
     lane = _stream(stream.device)
-    if stream != lane:
+    other = stream.cuda_stream != lane.cuda_stream
+    if other:
         lane.wait_stream(stream)
     sent, large = _fitting(outgoing)
     received, larger = _fitting(incoming)
@@ -96,7 +97,7 @@ def _by_mail(
         _send_and_receive(large, larger, group, stream.device)
     for peer, tensors in received.items():
         mailbox.receive(peer, tensors, lane.cuda_stream)
-    if stream != lane:
+    if other:
         stream.wait_stream(lane)
 
 
@@ -105,8 +106,10 @@ def _fitting(messages: Messages) -> tuple[dict[int, list[Tensor]], Messages]:
     peers: dict[int, list[Tensor]] = {}
     for peer, tensor in messages:
         peers.setdefault(peer, []).append(tensor)
-    fitting = {peer: xs for peer, xs in peers.items() if _nbytes(*xs) <= CAPACITY}
-    return fitting, [(peer, tensor) for peer, tensor in messages if peer not in fitting]
+    large = [peer for peer, tensors in peers.items() if _nbytes(*tensors) > CAPACITY]
+    for peer in large:
+        del peers[peer]
+    return peers, [message for message in messages if message[0] in large] if large else []
 
 
 def _gather_flat(every: Tensor, mine: Tensor, group: Group | None) -> None:
@@ -143,14 +146,14 @@ class Pending(Generic[Result]):
     """An exchange under way, on a stream of its own where the tensors are on a GPU.
 
     It starts after ``ready`` (:func:`mark`), so that work that the current stream was given since then runs beside it.
-    :meth:`wait` makes the current stream wait for it, not the host, and returns the result; it may be called again.
+    :meth:`wait` makes a stream wait for it, not the host, and returns the result; it may be called again.
     """
 
     def __init__(
         self, exchange: Callable[[], Result], device: torch.device, inputs: Any, ready: Mark | None
     ):
         self._inputs = inputs  # what the other stream reads must not be freed before the wait
-        self._done = None
+        self._device, self._ready, self._done = device, ready, None
         if ready is None:
             self._result = exchange()
             return
@@ -165,11 +168,17 @@ class Pending(Generic[Result]):
         self._done = _recorded(device, lane)
 
     def wait(self) -> Result:
-        if self._done is not None:
-            device = self._done.device
-            torch.cuda.current_stream(device).wait_event(self._done)
-            _waited_for(device).append(self._done)
-            self._done = self._inputs = None
+        """Let the current stream wait."""
+        return self._wait(torch.cuda.current_stream(self._device)) if self._done else self._result
+
+    def wait_there(self) -> Result:
+        """Let the stream wait that ``ready`` is of."""
+        return self._wait(self._ready.stream) if self._done else self._result
+
+    def _wait(self, stream: torch.cuda.Stream) -> Result:
+        stream.wait_event(self._done)
+        _waited_for(self._device).append(self._done)
+        self._done = self._inputs = None
         return self._result
 
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,16 +51,18 @@ class CPContext:
     position_ids: Tensor
     local_offsets: Tensor
     _layouts: dict[tuple[int, torch.device], ChunkLayout] = field(default_factory=dict, repr=False)
+    # kinds of calls (shapes, dtypes, options) that were found to fit, and what they need: of the operators
+    calls: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def start(self) -> int:
         return self.shard_bounds[self.rank]
 
-    @property
+    @cached_property
     def end(self) -> int:
         return self.shard_bounds[self.rank + 1]
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return self.end - self.start
 
@@ -89,6 +92,10 @@ class CPContext:
             and self.crosses(rank + 1)
             and self.document_start(self.shard_bounds[rank + 1]) < self.shard_bounds[rank]
         )
+
+    @cached_property
+    def is_through(self) -> bool:
+        return self.through(self.rank)
 
     @cached_property
     def crosses_left(self) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +20,23 @@ class Operation(NamedTuple):
     name: str
     issued: float
     done: torch.cuda.Event | None
+
+
+class Named:
+    """Operations issued within serve this purpose, or the one that was named before."""
+
+    __slots__ = ("_before", "_name", "_purpose")
+
+    def __init__(self, purpose: ContextVar[str], name: str):
+        self._purpose, self._name = purpose, name
+        self._before: Token[str] | None = None
+
+    def __enter__(self) -> None:
+        self._before = self._purpose.set(self._purpose.get() or self._name)
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._before is not None
+        self._purpose.reset(self._before)
 
 
 class Operations:
@@ -37,29 +54,33 @@ class Operations:
         self.watched = False
         self._open.clear()
 
-    @contextmanager
-    def named(self, purpose: str) -> Iterator[None]:
-        """Operations issued within serve this purpose, or the one that was named before."""
-        before = self._purpose.set(self._purpose.get() or purpose)
-        try:
-            yield
-        finally:
-            self._purpose.reset(before)
+    def named(self, purpose: str) -> Named:
+        """A context: operations issued within serve this purpose, or the one that was named before."""
+        return Named(self._purpose, purpose)
 
-    @contextmanager
-    def issue(self, what: str | Callable[[], str], done: torch.cuda.Event | None) -> Iterator[None]:
-        """An operation that ends with the block, or with the event that the block records."""
+    def begin(
+        self, what: str | Callable[[], str], done: torch.cuda.Event | None
+    ) -> Operation | None:
+        """An operation that ends with ``done``, once that is recorded, or with :meth:`end`."""
         if not self.watched:
-            yield
-            return
+            return None
         what = what if isinstance(what, str) else what()
         purpose = self._purpose.get()
         name = f"{purpose} ({what})" if purpose else what
         operation = Operation(name, time.monotonic(), done)
         self._open.append(operation)
-        yield
-        if done is None:
+        return operation
+
+    def end(self, operation: Operation | None) -> None:
+        if operation is not None and operation.done is None:
             self._open.remove(operation)
+
+    @contextmanager
+    def issue(self, what: str | Callable[[], str], done: torch.cuda.Event | None) -> Iterator[None]:
+        """An operation that ends with the block, or with the event that the block records."""
+        operation = self.begin(what, done)
+        yield
+        self.end(operation)
 
     def oldest(self) -> Operation | None:
         """The first operation that has not ended; called from the watchdog's thread."""
@@ -96,29 +117,9 @@ class CommMeter:
     _seconds: float = 0.0
     _spans: deque[Span] = field(default_factory=deque)
 
-    @contextmanager
-    def span(
-        self, nbytes: int, device: torch.device, what: str | Callable[[], str]
-    ) -> Iterator[torch.cuda.Stream | None]:
-        """Around an exchange; gives the current stream, None on the CPU."""
-        self.bytes += nbytes
-        self._calls += 1
-        if device.type != "cuda":
-            started = time.perf_counter()
-            with operations.issue(what, None):
-                yield None
-            self._seconds += time.perf_counter() - started
-            return
-        stream = torch.cuda.current_stream(device)
-        if torch.cuda.is_current_stream_capturing():
-            yield stream
-            return
-        span = self._next(device)
-        span.before.record(stream)
-        with operations.issue(what, span.after):
-            yield stream
-            span.after.record(stream)
-        self._spans.append(span)
+    def span(self, nbytes: int, device: torch.device, what: str | Callable[[], str]) -> "Exchange":
+        """A context around an exchange; gives the current stream, None on the CPU."""
+        return Exchange(self, nbytes, device, what)
 
     def _next(self, device: torch.device) -> Span:
         """The events of the first span, if it has ended, or new ones: the watchdog's stay as they are."""
@@ -140,6 +141,53 @@ class CommMeter:
         self._taken, self._seconds, self._calls = self.bytes, 0.0, 0
         self._spans.clear()
         return out
+
+
+class Exchange:
+    """:meth:`CommMeter.span`. One that raises counts no time, and to the watchdog it does not end."""
+
+    __slots__ = (
+        "_device",
+        "_meter",
+        "_nbytes",
+        "_operation",
+        "_span",
+        "_started",
+        "_stream",
+        "_what",
+    )
+
+    def __init__(
+        self, meter: CommMeter, nbytes: int, device: torch.device, what: str | Callable[[], str]
+    ):
+        self._meter, self._nbytes, self._device, self._what = meter, nbytes, device, what
+        self._operation: Operation | None = None
+        self._span: Span | None = None
+
+    def __enter__(self) -> torch.cuda.Stream | None:
+        meter, device = self._meter, self._device
+        meter.bytes += self._nbytes
+        meter._calls += 1
+        if device.type != "cuda":
+            self._operation = operations.begin(self._what, None)
+            self._started = time.perf_counter()
+            return None
+        self._stream = torch.cuda.current_stream(device)
+        if not torch.cuda.is_current_stream_capturing():
+            self._span = meter._next(device)
+            self._span.before.record(self._stream)
+            self._operation = operations.begin(self._what, self._span.after)
+        return self._stream
+
+    def __exit__(self, problem: object, *rest: object) -> None:
+        if problem is not None:
+            return
+        if self._span is not None:
+            self._span.after.record(self._stream)
+            self._meter._spans.append(self._span)
+        elif self._device.type != "cuda":
+            self._meter._seconds += time.perf_counter() - self._started
+            operations.end(self._operation)
 
 
 meter = CommMeter()

@@ -16,8 +16,6 @@ Nothing here reads the device: the calls can be captured in a CUDA graph, and me
 documents is found by the kernels.
 """
 
-import dataclasses
-
 import torch
 
 from .common import CHUNK, slots
@@ -263,7 +261,7 @@ def _one_after_another(opened, q, incoming, o, final, scale, length) -> None:
         state = saved.states[i : i + 1]
         part = Packed(x.k[rows], x.v[rows], x.g, x.beta, (x.cu - begin).clamp(0, length), 1)
         rnorm = saved.rnorm[chunks] if opened.normalize else saved.rnorm
-        cut = dataclasses.replace(saved, a=saved.a[chunks], gate=saved.gate[chunks], rnorm=rnorm)
+        cut = saved._replace(a=saved.a[chunks], gate=saved.gate[chunks], rnorm=rnorm)
         leaving = state if begin + length < tokens else final
         _main(opened, q[rows], part, cut, initial, incoming, state, o[rows], leaving, scale)
         initial, incoming = state, None

@@ -1,6 +1,7 @@
 """What a forward holds between its stages, and what it leaves to the backward."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -8,8 +9,7 @@ from .inputs import Packed
 from .plan import Plan
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """What a backward needs beside the inputs: 132 bytes a token and value head, and 128 KiB a
     segment and head. `a` and `gate` are read as they are; preparing them again would cost as much
     time as writing and reading them, and nothing else of the forward is worth its bytes. Where no M
