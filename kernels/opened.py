@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .inputs import Packed
+from .layout import Layout
 from .plan import Plan
 
 
@@ -32,13 +33,10 @@ class OpenForward:
     packed: Packed
     shape: tuple[int, ...]  # of v and o
     initial: torch.Tensor | None
-    open_left: int
-    open_right: int
-    normalize: bool
+    layout: Layout
     saved: Saved
     external: torch.Tensor  # [NM, Hv, K, V] fp32, S_ext of the summarised segments
     maps: torch.Tensor  # Saved's, or larger ones that the backward does not need
     live: torch.Tensor
-    summarised: bool
+    pending: int  # so many documents, the first ones, have no states of segments yet
     asked: bool = False  # for what leaves
-    pending: int = 0  # so many documents, the first ones, have no states of segments yet

@@ -5,7 +5,6 @@ arguments, sizes of the same name being equal, everything contiguous.
 """
 
 import functools
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch
 pytest.importorskip("tilelang", reason="tilelang is not installed")
 from tilelang import tvm
 
-from cp_gdn.kernels import backward, backward_opened, backward_walk, forward
+from cp_gdn.kernels import backward, backward_opened, backward_walk, forward, layout
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -68,14 +67,15 @@ def launched(monkeypatch):
 
         return call
 
-    for module in (forward, backward_walk):
+    for module in (layout, backward_opened, backward_walk):
         monkeypatch.setattr(module, "ready", ready)
-    for module in (forward, backward_opened, backward_walk):
+    for module in (layout, backward_opened):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(forward, "check", lambda *arguments: None)
+        monkeypatch.setattr(module, "_layouts", {})
+    monkeypatch.setattr(layout, "check", lambda *arguments: None)
     monkeypatch.setattr(backward, "side_stream", lambda device: Nowhere())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Nowhere())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     return names
 
 
