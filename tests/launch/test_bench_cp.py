@@ -68,10 +68,11 @@ def test_the_plot_has_a_bar_a_measurement(benchmarks, tmp_path):
         "ratio_to_one_gpu": 0.5,
     }
     row |= {"one_gpu": {"both": {"ms": 6.0}}}
-    row |= {"cp_ring": {"both": {"ms": 3.0, "host_ms": 1.25}, "forward": {"ms": 1.0}}}
+    ring = {"ms": 3.0, "queued_ms": 2.5, "host_ms": 1.25}
+    row |= {"cp_ring": {"both": ring, "forward": {"ms": 1.0}}}
     text = benchmarks["cp"].describe(row)
     assert "one_gpu 6.000" in text and "ratio_to_one_gpu 0.500" in text
-    assert "cp_ring 3.000 (forward 1.000, host 1.25)" in text
+    assert "cp_ring 3.000, queued 2.500 (forward 1.000, host 1.25)" in text
     benchmarks["cp"].plot([row, {**row, "what": "layer"}], tmp_path / "cp.png")
     assert (tmp_path / "cp.png").stat().st_size > 1000
 
