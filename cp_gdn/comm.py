@@ -103,6 +103,8 @@ def _by_mail(
 
 def _fitting(messages: Messages) -> tuple[dict[int, list[Tensor]], Messages]:
     """The tensors for or from every peer that fit into a box together, and the messages of the other peers."""
+    if not messages:
+        return {}, []
     peers: dict[int, list[Tensor]] = {}
     for peer, tensor in messages:
         peers.setdefault(peer, []).append(tensor)
@@ -153,7 +155,8 @@ class Pending(Generic[Result]):
         self, exchange: Callable[[], Result], device: torch.device, inputs: Any, ready: Mark | None
     ):
         self._inputs = inputs  # what the other stream reads must not be freed before the wait
-        self._device, self._ready, self._done = device, ready, None
+        self._device, self._ready = device, ready
+        self._done: torch.cuda.Event | None = None
         if ready is None:
             self._result = exchange()
             return
@@ -169,17 +172,21 @@ class Pending(Generic[Result]):
 
     def wait(self) -> Result:
         """Let the current stream wait."""
-        return self._wait(torch.cuda.current_stream(self._device)) if self._done else self._result
+        if self._done is not None:
+            self._hold_up(torch.cuda.current_stream(self._device), self._done)
+        return self._result
 
     def wait_there(self) -> Result:
         """Let the stream wait that ``ready`` is of."""
-        return self._wait(self._ready.stream) if self._done else self._result
-
-    def _wait(self, stream: torch.cuda.Stream) -> Result:
-        stream.wait_event(self._done)
-        _waited_for(self._device).append(self._done)
-        self._done = self._inputs = None
+        if self._done is not None:
+            assert self._ready is not None
+            self._hold_up(self._ready.stream, self._done)
         return self._result
+
+    def _hold_up(self, stream: torch.cuda.Stream, done: torch.cuda.Event) -> None:
+        stream.wait_event(done)
+        _waited_for(self._device).append(done)
+        self._done = self._inputs = None
 
 
 def mark(device: torch.device) -> Mark | None:

@@ -106,13 +106,15 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     here on if somebody waits for what entering_summary found and gets it by a kernel, which must not
     wait for multiprocessors; `at_once`: it needs none.
     """
-    x = opened
+    x, device = opened, opened.q.device
+    x.vd = torch.empty(x.layout.vd, dtype=x.q.dtype, device=device)
+    x.pairs = torch.empty(x.layout.pairs, dtype=torch.int32, device=device)
     if x.layout.in_blocks or x.layout.many:
         x.pairs[:, :1].zero_()
         if not x.layout.in_blocks:  # else block by block
             replay_states(x)
         return
-    beside = side_stream(x.q.device)
+    beside = side_stream(device)
     beside.wait_event(x.stream.record_event() if x.open_left and not at_once else x.begun)
     torch.cuda.set_stream(beside)
     try:

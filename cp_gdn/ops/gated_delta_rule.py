@@ -151,11 +151,11 @@ class _GatedDeltaRule(torch.autograd.Function):
             out.dh0[: ends(context, run.num_sequences).left] = 0
             d_initial = out.dh0.new_zeros(ctx.state_shape)
             d_initial[documents(context, run.num_sequences)] = out.dh0
-        grads = [
+        gradients = [
             grad if grad.dtype == x.dtype else grad.to(x.dtype)
             for grad, x in zip(out[:5], inputs, strict=True)
         ]
-        return None, None, d_initial, *grads
+        return None, None, d_initial, *gradients
 
 
 _AS_IT_IS = nullcontext()

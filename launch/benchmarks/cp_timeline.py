@@ -89,7 +89,8 @@ def spans(trace: dict[str, Any]) -> list[dict[str, Any]]:
         for e in events
         if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
     }
-    found, exchanges = [], {}
+    found: list[dict[str, Any]] = []
+    exchanges: dict[float, dict[str, Any]] = {}
     for e in events:
         if e.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
             continue
