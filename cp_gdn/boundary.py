@@ -77,28 +77,36 @@ def exchange_gradients(dS: Tensor, transitions: Transitions, context: "CPContext
 
 def receive_state(room: Tensor, context: "CPContext", *, reverse: bool = False) -> Tensor | None:
     """The neighbour's state (reverse: the successor's gradient) in ``room``; None where nothing crosses that cut."""
-    if not (context.crosses_right if reverse else context.crosses_left):
-        return None
     with operations.named("boundary state"):
-        swap([], [(context.rank + (1 if reverse else -1), room)], context)
-    return room
+        return _receive(room, context, reverse)
 
 
 def send_state(state: Tensor, context: "CPContext", *, reverse: bool = False) -> None:
     """Hand the state to the successor (reverse: the gradient to the predecessor), where a document crosses the cut."""
+    with operations.named("boundary state"):
+        _send(state, context, reverse)
+
+
+def _receive(room: Tensor, context: "CPContext", reverse: bool) -> Tensor | None:
+    if not (context.crosses_right if reverse else context.crosses_left):
+        return None
+    swap([], [(context.rank + (1 if reverse else -1), room)], context)
+    return room
+
+
+def _send(state: Tensor, context: "CPContext", reverse: bool) -> None:
     if context.crosses_left if reverse else context.crosses_right:
-        with operations.named("boundary state"):
-            swap([(context.rank + (-1 if reverse else 1), state.contiguous())], [], context)
+        swap([(context.rank + (-1 if reverse else 1), state.contiguous())], [], context)
 
 
 def _ring(summary: Summary, context: "CPContext", *, reverse: bool) -> Tensor | None:
     room = summary.S  # no more than that, where nothing is sent
     if context.crosses_left and context.crosses_right:
         room = torch.empty_like(room, memory_format=torch.contiguous_format)
-    S_in = receive_state(room, context, reverse=reverse)
-    if not context.is_through:  # nothing goes on from S_in
-        summary = Summary(None, summary.S)
-    send_state(apply(summary, S_in), context, reverse=reverse)
+    S_in = _receive(room, context, reverse)
+    # what goes on from S_in does so on through ranks only
+    S_out = apply(summary, S_in) if context.is_through else summary.S
+    _send(S_out, context, reverse)
     return S_in
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+MANY_SPANS = 32  # so many exchanges are read together
+
 
 class Operation(NamedTuple):
     """A message or collective that was issued: what it serves, and when (time.monotonic)."""
@@ -103,12 +105,21 @@ class Span(NamedTuple):
     after: torch.cuda.Event
 
 
+class Exchange(NamedTuple):
+    """One that has begun: on the CPU ``since`` when, on a GPU (unless a graph is captured) with a ``span``."""
+
+    operation: Operation | None
+    since: float | None = None
+    stream: torch.cuda.Stream | None = None
+    span: Span | None = None
+
+
 @dataclass
 class CommMeter:
     """Counts what the context-parallel layers exchange: bytes sent by this rank, calls, and time.
 
-    Time is wall clock on the CPU (blocking calls) and CUDA events on the GPU. Those that have ended are read as new
-    spans begin, which reuse them, the others in :meth:`take`.
+    Time is wall clock on the CPU (blocking calls) and CUDA events on the GPU. Those that have ended are read now and
+    then, as new ones begin, which use their events again, the others in :meth:`take`.
     """
 
     bytes: int = 0
@@ -116,78 +127,58 @@ class CommMeter:
     _taken: int = 0
     _seconds: float = 0.0
     _spans: deque[Span] = field(default_factory=deque)
+    _free: list[Span] = field(default_factory=list)
 
-    def span(self, nbytes: int, device: torch.device, what: str | Callable[[], str]) -> "Exchange":
-        """A context around an exchange; gives the current stream, None on the CPU."""
-        return Exchange(self, nbytes, device, what)
+    def begin(
+        self,
+        nbytes: int,
+        device: torch.device,
+        what: str | Callable[[], str],
+        stream: torch.cuda.Stream | None = None,
+    ) -> Exchange:
+        """An exchange, on the ``stream`` of a GPU. What raises before its :meth:`end` counts no time, and to the
+        watchdog it does not end."""
+        self.bytes += nbytes
+        self._calls += 1
+        if stream is None:
+            return Exchange(operations.begin(what, None), since=time.perf_counter())
+        if torch.cuda.is_current_stream_capturing():
+            return Exchange(None)
+        span = self._next(device)
+        span.before.record(stream)
+        return Exchange(operations.begin(what, span.after), stream=stream, span=span)
+
+    def end(self, exchange: Exchange) -> None:
+        if exchange.span is not None:
+            exchange.span.after.record(exchange.stream)
+            self._spans.append(exchange.span)
+        elif exchange.since is not None:
+            self._seconds += time.perf_counter() - exchange.since
+            operations.end(exchange.operation)
 
     def _next(self, device: torch.device) -> Span:
-        """The events of the first span, if it has ended, or new ones: the watchdog's stay as they are."""
-        if self._spans and self._spans[0].after.query():
-            first = self._spans.popleft()
-            self._seconds += first.before.elapsed_time(first.after) / 1e3
-            if first.device == device and not operations.watched:
-                return first
+        """The events of a span that was read, or new ones: the watchdog's stay as they are."""
+        if len(self._spans) >= MANY_SPANS:
+            while self._spans and self._spans[0].after.query():
+                span = self._spans.popleft()
+                self._seconds += span.before.elapsed_time(span.after) / 1e3
+                if not operations.watched:
+                    self._free.append(span)
+        if self._free and self._free[-1].device == device:
+            return self._free.pop()
         return Span(
             device, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         )
 
     def take(self) -> dict[str, float]:
         """{"bytes", "seconds", "calls"} since the last call; waits for the GPU events it reads."""
-        for _, before, after in self._spans:
-            after.synchronize()
-            self._seconds += before.elapsed_time(after) / 1e3
+        for span in self._spans:
+            span.after.synchronize()
+            self._seconds += span.before.elapsed_time(span.after) / 1e3
         out = {"bytes": self.bytes - self._taken, "seconds": self._seconds, "calls": self._calls}
         self._taken, self._seconds, self._calls = self.bytes, 0.0, 0
         self._spans.clear()
         return out
-
-
-class Exchange:
-    """:meth:`CommMeter.span`. One that raises counts no time, and to the watchdog it does not end."""
-
-    __slots__ = (
-        "_device",
-        "_meter",
-        "_nbytes",
-        "_operation",
-        "_span",
-        "_started",
-        "_stream",
-        "_what",
-    )
-
-    def __init__(
-        self, meter: CommMeter, nbytes: int, device: torch.device, what: str | Callable[[], str]
-    ):
-        self._meter, self._nbytes, self._device, self._what = meter, nbytes, device, what
-        self._operation: Operation | None = None
-        self._span: Span | None = None
-
-    def __enter__(self) -> torch.cuda.Stream | None:
-        meter, device = self._meter, self._device
-        meter.bytes += self._nbytes
-        meter._calls += 1
-        if device.type != "cuda":
-            self._operation = operations.begin(self._what, None)
-            self._started = time.perf_counter()
-            return None
-        self._stream = torch.cuda.current_stream(device)
-        if not torch.cuda.is_current_stream_capturing():
-            self._span = meter._next(device)
-            self._span.before.record(self._stream)
-            self._operation = operations.begin(self._what, self._span.after)
-        return self._stream
-
-    def __exit__(self, problem: object, *rest: object) -> None:
-        if problem is not None:
-            return
-        if self._span is not None:
-            self._span.after.record(self._stream)
-            self._meter._spans.append(self._span)
-        elif self._device.type != "cuda":
-            self._meter._seconds += time.perf_counter() - self._started
-            operations.end(self._operation)
 
 
 meter = CommMeter()

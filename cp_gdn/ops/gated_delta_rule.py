@@ -67,17 +67,18 @@ def chunk_gated_delta_rule(
         ValueError: shapes, dtypes or offsets that do not fit; with CP_GDN_DEBUG=1 also gates that are positive or NaN,
             beta outside [0, 2] and states that are not finite, on every rank of the group.
     """
-    inputs = q, k, v, g, beta, initial_state
     context = cp_context
     if context is None or cu_seqlens is not None:
         context = _context_for(q, cu_seqlens, cp_context)
     kind = (
-        q.device, engine, scale, use_qk_l2norm_in_kernel, output_final_state,
-        *[None if x is None else (x.shape, x.dtype) for x in inputs],
+        q.device, q.shape, k.shape, v.shape, g.shape, beta.shape,
+        q.dtype, k.dtype, v.dtype, g.dtype, beta.dtype,
+        None if initial_state is None else (initial_state.shape, initial_state.dtype),
+        engine, scale, use_qk_l2norm_in_kernel, output_final_state,
     )  # fmt: skip
     call = context.calls.get(kind)
     if call is None:
-        _check_shapes(*inputs, context)
+        _check_shapes(q, k, v, g, beta, initial_state, context)
         call = context.calls[kind] = _Call(
             _pick_engine(engine, q, v),
             float(q.shape[-1] ** -0.5 if scale is None else scale),
