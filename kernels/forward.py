@@ -1,6 +1,6 @@
 """The forward of the gated delta rule on Hopper: functions to call.
 
-    prepare -> [summary -> scan] -> recurrence
+    prepare -> [summary -> scan] -> query_norms -> recurrence
 
 The bracket runs where documents are cut into segments (plan.py) or continue on other ranks. For the
 latter the forward comes in three stages, between which states travel:
@@ -8,7 +8,7 @@ latter the forward comes in three stages, between which states travel:
     open_forward      prepare, and the summaries of segments that somebody asks for
     leaving_summary   S_out = M S_in + S_ext of the sequences that go on elsewhere; or, from the
     leaving_state     state that came in, S_out itself
-    close_forward     from the states that came in: scan and recurrence
+    close_forward     from the states that came in: scan, norms of the queries, recurrence
 
 Where heads alone fill the GPU the main pass is not cut, and only what leaves is summarised.
 
@@ -26,6 +26,7 @@ from .launch import multiprocessors, ready
 from .opened import OpenForward, Saved
 from .plan import Plan, entire_jobs, plan_segments
 from .prepare import prepare
+from .qnorm import query_norms
 from .recurrence import recurrence
 from .scan import COLUMNS, scan
 from .summary import summary
@@ -141,7 +142,7 @@ def open_forward(
     kept = maps, live
     if summarised and not plan.split and open_left == 0:  # their only use is to compose S_ext
         kept = maps.new_empty(1, *maps.shape[1:]), live.new_empty(1, value_heads)
-    saved = Saved(a, gate, rnorm, states, x.cu, *kept, plan)
+    saved = Saved(a, gate, rnorm, torch.empty_like(rnorm), states, x.cu, *kept, plan)
     return OpenForward(
         x, tuple(v.shape), initial_state, open_left, open_right, normalize, saved, external, maps,
         live, summarised, pending=x.documents if plan.split else 0,
@@ -227,6 +228,8 @@ def close_forward(
         final = states.new_empty(x.documents, value_heads, KEY_DIM, value_dim)
     scale = KEY_DIM**-0.5 if scale is None else scale
     q = q.reshape(x.k.shape).contiguous()
+    if opened.normalize:
+        ready(query_norms, dtype=DTYPES[q.dtype])(q, x.cu, saved.qnorm, x.bits)
     length = plan.segment * CHUNK
     if plan.split or x.documents > 1 or tokens <= length:
         _main(opened, q, x, saved, opened.initial, incoming, states, o, final, scale)
@@ -244,7 +247,7 @@ def _main(opened, q, x, saved, initial, incoming, states, o, final, scale) -> No
         normalize=opened.normalize,
     )
     kernel(
-        q, x.k, x.v, saved.a, saved.gate, saved.rnorm, x.cu,
+        q, x.k, x.v, saved.a, saved.gate, saved.rnorm, saved.qnorm, x.cu,
         states if initial is None else initial, states if incoming is None else incoming,
         states, o, states if final is None else final, scale, saved.plan.segment, x.bits,
         int(initial is not None), int(final is not None),
@@ -262,8 +265,8 @@ def _one_after_another(opened, q, incoming, o, final, scale, length) -> None:
         chunks = slice(begin // CHUNK, (begin + length) // CHUNK)
         state = saved.states[i : i + 1]
         part = Packed(x.k[rows], x.v[rows], x.g, x.beta, (x.cu - begin).clamp(0, length), 1)
-        rnorm = saved.rnorm[chunks] if opened.normalize else saved.rnorm
-        cut = dataclasses.replace(saved, a=saved.a[chunks], gate=saved.gate[chunks], rnorm=rnorm)
+        parts = ("a", "gate", "rnorm", "qnorm") if opened.normalize else ("a", "gate")
+        cut = dataclasses.replace(saved, **{name: getattr(saved, name)[chunks] for name in parts})
         leaving = state if begin + length < tokens else final
         _main(opened, q[rows], part, cut, initial, incoming, state, o[rows], leaving, scale)
         initial, incoming = state, None

@@ -115,16 +115,18 @@ def test_one_call(launched, monkeypatch, B, T, heads, cu_seqlens, large, normali
     )
     assert o.shape == inputs[2].shape and final.shape == initial.shape
     assert {"prepare", "recurrence"} <= set(launched)
+    assert launched.count("query_norms") == normalize
     gradients = backward.chunk_gdn_backward(*inputs, saved, o, final, **how)
     assert [g.shape for g in gradients] == [*(x.shape for x in inputs), initial.shape]
     assert {"replay", "reverse", "gradients", "beta_gradient"} <= set(launched)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("heads", [(2, 4), (16, 64)])
 @pytest.mark.parametrize(("left", "right"), [(0, 1), (1, 1), (1, 0)])
-def test_stages(launched, heads, left, right):
+def test_stages(launched, heads, left, right, normalize):
     q, *inputs = draw(1, 1000, *heads)
-    ends = {"open_left": left, "open_right": right}
+    ends = {"open_left": left, "open_right": right, "use_qk_l2norm_in_kernel": normalize}
     opened = forward.open_forward(*inputs, **ends)
     forward.leaving_summary(opened, transition=bool(left))
     late = states(left, heads[1]) if left else None

@@ -100,7 +100,7 @@ def fake_close_forward(call, q, *, incoming, scale, output_final_state):
     nothing = torch.zeros(0)
     cu = torch.zeros(0, dtype=torch.int32) if call.cu is None else call.cu
     saved = forward_kernels.Saved(
-        nothing, nothing, nothing, nothing, cu, nothing, nothing, plan="plan"
+        nothing, nothing, nothing, nothing, nothing, cu, nothing, nothing, plan="plan"
     )
     return o, final if output_final_state else None, saved
 
