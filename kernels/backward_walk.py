@@ -47,8 +47,8 @@ def _reverse(
 ) -> None:  # fmt: skip
     x, saved = opened, opened.saved
     ready(reverse, halves=halves, store=store, **x.kind)(
-        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens, dstates,
-        dstates if dfinal is None else dfinal, dinitial, carried, dleaving, dv, x.scale, width, first,
+        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, saved.qnorm, x.beta, saved.cu_seqlens,
+        dstates, dstates if dfinal is None else dfinal, dinitial, carried, dleaving, dv, x.scale, width, first,
         into, segment, x.bits, int(dfinal is not None), int(x.truncate and not store), x.open_left,
     )  # fmt: skip
 
@@ -161,9 +161,12 @@ def _gradients(x: OpenBackward, walk: Walk, dleaving: torch.Tensor, out, pairs, 
     saved, sms = x.saved, multiprocessors(x.q.device)
     block = slice(first, first + dleaving.shape[0])
     states = slice(0, dleaving.shape[0]) if x.in_blocks else block
+    norms = saved.rnorm, saved.qnorm
+    if x.normalize:
+        norms = saved.rnorm[block], saved.qnorm[block]
     around = (
         x.vd[states], walk.dv, x.entering[states], dleaving, saved.gate[block],
-        saved.rnorm[block] if x.normalize else saved.rnorm, x.beta, saved.cu_seqlens,
+        *norms, x.beta, saved.cu_seqlens,
     )  # fmt: skip
     ready(gradients, ratio=x.v.shape[1] // x.k.shape[1], processors=sms, **x.kind)(
         x.q, x.k, x.do, *around, *out, pairs, x.scale, x.bits, first
