@@ -32,9 +32,10 @@ def _reverse(
     x, saved = opened, opened.saved
     kernel = x.layout.reverse if store else x.layout.summary
     kernel(
-        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens, dstates,
-        dstates if dfinal is None else dfinal, dinitial, carried, dleaving, dv, x.scale, width, first,
-        into, segment, x.layout.bits, int(dfinal is not None), int(x.truncate and not store), x.open_left,
+        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, saved.qnorm, x.beta, saved.cu_seqlens,
+        dstates, dstates if dfinal is None else dfinal, dinitial, carried, dleaving, dv, x.scale, width,
+        first, into, segment, x.layout.bits, int(dfinal is not None), int(x.truncate and not store),
+        x.open_left,
     )  # fmt: skip
 
 
@@ -136,9 +137,12 @@ def _gradients(x: OpenBackward, walk: Walk, dleaving: torch.Tensor, out, pairs, 
     saved, layout = x.saved, x.layout
     block = slice(first, first + dleaving.shape[0])
     states = slice(0, dleaving.shape[0]) if layout.in_blocks else block
+    norms = saved.rnorm, saved.qnorm
+    if x.normalize:
+        norms = saved.rnorm[block], saved.qnorm[block]
     around = (
         x.vd[states], walk.dv, x.entering[states], dleaving, saved.gate[block],
-        saved.rnorm[block] if x.normalize else saved.rnorm, x.beta, saved.cu_seqlens,
+        *norms, x.beta, saved.cu_seqlens,
     )  # fmt: skip
     layout.gradients(x.q, x.k, x.do, *around, *out, pairs, x.scale, layout.bits, first)
     layout.beta_gradient(x.q, x.k, x.v, x.do, *around, pairs, out[3], x.scale, layout.bits, first)

@@ -1,6 +1,6 @@
 """The forward of the gated delta rule on Hopper: functions to call.
 
-    prepare -> [summary -> scan] -> recurrence
+    prepare -> [summary -> scan] -> query_norms -> recurrence
 
 The bracket runs where documents are cut into segments (plan.py) or continue on other ranks. For the
 latter the forward comes in three stages, between which states travel:
@@ -8,6 +8,7 @@ latter the forward comes in three stages, between which states travel:
     open_forward      prepare, and the summaries of segments that somebody asks for
     leaving_summary   S_out = M S_in + S_ext of the sequences that go on elsewhere; or, from the
     leaving_state     state that came in, S_out itself
+    norm_queries      norms of the queries, which no state enters (or close_forward makes them)
     close_forward     from the states that came in: scan and recurrence
 
 Where heads alone fill the GPU the main pass is not cut, and only what leaves is summarised.
@@ -19,7 +20,7 @@ documents is found by the kernels.
 import torch
 
 from .common import CHUNK
-from .inputs import KEY_DIM, Packed, check_states, pack
+from .inputs import KEY_DIM, Packed, check_states, flat, pack
 from .layout import layout_of
 from .opened import OpenForward, Saved
 from .plan import Plan
@@ -99,7 +100,8 @@ def open_forward(
     kept = maps, live
     if not layout.keeps_maps:
         kept = maps.new_empty(1, *maps.shape[1:]), live.new_empty(1, *live.shape[1:])
-    saved = Saved(a, gate, rnorm, states, x.cu, *kept, layout.plan)
+    qnorm = torch.empty(layout.rnorm, dtype=fp32, device=device)
+    saved = Saved(a, gate, rnorm, qnorm, states, x.cu, *kept, layout.plan)
     pending = layout.documents if layout.plan.split else 0
     return OpenForward(x, v.shape, initial_state, layout, saved, external, maps, live, pending)
 
@@ -146,6 +148,17 @@ def leaving_state(
     return state
 
 
+def norm_queries(opened: OpenForward, q: torch.Tensor) -> None:
+    """The first part of close_forward, to be called apart while a state is on its way."""
+    x, layout = opened.packed, opened.layout
+    expected = (*opened.shape[:2], *x.k.shape[1:])
+    if q.shape != expected or q.dtype != x.k.dtype:
+        raise ValueError(f"q is {tuple(q.shape)} {q.dtype}; expected {expected} {x.k.dtype}, as k")
+    opened.q = flat(q)
+    if layout.query_norms is not None:
+        layout.query_norms(opened.q, x.cu, opened.saved.qnorm, layout.bits)
+
+
 def close_forward(
     opened: OpenForward,
     q: torch.Tensor,
@@ -165,9 +178,8 @@ def close_forward(
             f"incoming is {'missing' if incoming is None else 'given'}, open_left was {open_left}: "
             "states enter exactly the sequences that were opened for them"
         )
-    expected = (*opened.shape[:2], *x.k.shape[1:])
-    if q.shape != expected or q.dtype != x.k.dtype:
-        raise ValueError(f"q is {tuple(q.shape)} {q.dtype}; expected {expected} {x.k.dtype}, as k")
+    if opened.q is None:
+        norm_queries(opened, q)
     plan, states = layout.plan, saved.states
     if incoming is not None:
         check_states(incoming, (open_left, *states.shape[1:]), "incoming")
@@ -180,21 +192,20 @@ def close_forward(
     if output_final_state:
         final = states.new_empty(layout.documents, *states.shape[1:])
     scale = KEY_DIM**-0.5 if scale is None else scale
-    q = q.reshape(x.k.shape).contiguous()
     length = plan.segment * CHUNK
     if plan.split or layout.documents > 1 or tokens <= length:
-        _main(opened, q, x, saved, opened.initial, incoming, states, o, final, scale)
+        _main(opened, opened.q, x, saved, opened.initial, incoming, states, o, final, scale)
     else:
-        _one_after_another(opened, q, incoming, o, final, scale, length)
+        _one_after_another(opened, opened.q, incoming, o, final, scale, length)
     return o.view(opened.shape), final, saved
 
 
 def _main(opened, q, x, saved, initial, incoming, states, o, final, scale) -> None:
     opened.layout.recurrence(
-        q, x.k, x.v, saved.a, saved.gate, saved.rnorm, x.cu,
+        q, x.k, x.v, saved.a, saved.gate, saved.rnorm, saved.qnorm, x.cu,
         states if initial is None else initial, states if incoming is None else incoming,
-        states, o, states if final is None else final, scale, saved.plan.segment, x.bits,
-        int(initial is not None), int(final is not None),
+        states, o, states if final is None else final, scale, saved.plan.segment,
+        opened.layout.bits, int(initial is not None), int(final is not None),
         0 if incoming is None else opened.layout.open_left,
     )  # fmt: skip
 
@@ -209,8 +220,8 @@ def _one_after_another(opened, q, incoming, o, final, scale, length) -> None:
         chunks = slice(begin // CHUNK, (begin + length) // CHUNK)
         state = saved.states[i : i + 1]
         part = Packed(x.k[rows], x.v[rows], x.g, x.beta, (x.cu - begin).clamp(0, length), 1)
-        rnorm = saved.rnorm[chunks] if opened.layout.normalize else saved.rnorm
-        cut = saved._replace(a=saved.a[chunks], gate=saved.gate[chunks], rnorm=rnorm)
+        parts = ("a", "gate", "rnorm", "qnorm") if opened.layout.normalize else ("a", "gate")
+        cut = saved._replace(**{name: getattr(saved, name)[chunks] for name in parts})
         leaving = state if begin + length < tokens else final
         _main(opened, q[rows], part, cut, initial, incoming, state, o[rows], leaving, scale)
         initial, incoming = state, None

@@ -18,10 +18,6 @@ class Packed(NamedTuple):
     cu: torch.Tensor  # [N + 1] int32
     documents: int
 
-    @property
-    def bits(self) -> int:
-        return (self.documents - 1).bit_length()
-
 
 def check_states(states, expected: tuple[int, ...], name: str) -> None:
     if states.shape != expected or states.dtype != torch.float32:

@@ -12,6 +12,7 @@ from .inputs import DTYPES, KEY_DIM, check
 from .launch import multiprocessors, ready
 from .plan import Plan, entire_jobs, plan_segments
 from .prepare import prepare
+from .qnorm import query_norms
 from .recurrence import recurrence
 from .scan import scan
 from .summary import summary
@@ -39,6 +40,7 @@ class Layout:
     summarised: bool
     keeps_maps: bool  # for the backward
     prepare: Callable[..., None]
+    query_norms: Callable[..., None] | None
     summary: Callable[..., None] | None
     summary_sizes: tuple[int, ...]  # its last arguments
     scan: Callable[..., None] | None
@@ -134,6 +136,7 @@ def _lay_out(
             beta_dtype=DTYPES[beta.dtype],
             normalize=normalize,
         ),
+        query_norms=ready(query_norms, dtype=dtype) if normalize else None,
         summary=(
             ready(summary, dtype=dtype, normalize=normalize)
             if summarised and blocks + right > 0

@@ -11,14 +11,15 @@ from .plan import Plan
 
 
 class Saved(NamedTuple):
-    """What a backward needs beside the inputs: 132 bytes a token and value head, and 128 KiB a
-    segment and head. `a` and `gate` are read as they are; preparing them again would cost as much
-    time as writing and reading them, and nothing else of the forward is worth its bytes. Where no M
-    is needed any more `maps` and `live` are placeholders."""
+    """What a backward needs beside the inputs: 132 bytes a token and value head, 8 a token and key
+    head where the kernels normalise, and 128 KiB a segment and head. `a` and `gate` are read as they
+    are; preparing them again would cost as much time as writing and reading them, and nothing else of
+    the forward is worth its bytes. Where no M is needed any more `maps` and `live` are placeholders."""
 
     a: torch.Tensor  # [NC, Hv, 64, 64], see prepare.py
     gate: torch.Tensor  # [NC, Hv, 64] fp32
     rnorm: torch.Tensor  # [NC, Hk, 64] fp32 if the kernels normalise, else a placeholder
+    qnorm: torch.Tensor  # the same of the queries, from close_forward on
     states: torch.Tensor  # [NS, Hv, K, V] fp32: the state that leaves each segment but the last
     cu_seqlens: torch.Tensor  # [N + 1] int32
     maps: torch.Tensor  # [NM, Hv, 2, K, K] bf16: M of the summarised segments, high and low half
@@ -40,3 +41,4 @@ class OpenForward:
     live: torch.Tensor
     pending: int  # so many documents, the first ones, have no states of segments yet
     asked: bool = False  # for what leaves
+    q: torch.Tensor | None = None  # [L, Hk, K], once its norms are there

@@ -82,6 +82,10 @@ class HopperRun:
     def leaving_state(self, incoming: Tensor | None) -> Tensor | None:
         return self._forward.leaving_state(self._opened, incoming=incoming)
 
+    def meanwhile(self) -> None:
+        """What :meth:`close` begins with and no state enters."""
+        self._forward.norm_queries(self._opened, self._inputs[0])
+
     def close(self, incoming: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor]:
         """Outputs [B, T, Hv, V]; final states if asked for."""
         o, states, saved = self._forward.close_forward(

@@ -63,6 +63,7 @@ def sharded_forward(
         h0[: cuts.left] = 0
     if context.exchange == "serial":
         run.open(h0, cuts.left, cuts.right, summarise=False)
+        run.meanwhile()
         S_in = boundary.receive_state(run.room(cuts.each), context)
         S_out = run.leaving_state(S_in)
         if S_out is not None:
@@ -83,6 +84,7 @@ def sharded_forward(
             )
             ready = comm.mark(summary.S.device)
             pending = boundary.start_exchange_states(summary, context, ready)
+            run.meanwhile()
         S_in = pending.wait_there()[0] if pending and cuts.left else None
         o, states = run.close(S_in, final=output_final_state)
         transitions = pending.wait_there()[1] if pending else boundary.Transitions()

@@ -30,10 +30,12 @@ from .cp import joined, ours, passes
 from .inputs import draw
 from .timing import parse, pyplot, results_path
 
-STEPS = ("open", "leaving", "close", "open_backward", "entering", "replay", "close_backward")
+STEPS = (
+    "open", "leaving", "meanwhile", "close", "open_backward", "entering", "replay", "close_backward"
+)  # fmt: skip
 COLOURS = {
-    "open": "#4878a8", "leaving": "#86b0d8", "close": "#1f4e79", "open_backward": "#c8763c",
-    "entering": "#e8b48c", "replay": "#6a9c58", "close_backward": "#8c4a1c", "exchange": "#b02020",
+    "open": "#4878a8", "leaving": "#86b0d8", "meanwhile": "#b0c8a0", "close": "#1f4e79",
+    "open_backward": "#c8763c",    "entering": "#e8b48c", "replay": "#6a9c58", "close_backward": "#8c4a1c", "exchange": "#b02020",
 }  # fmt: skip
 
 

@@ -115,19 +115,22 @@ def test_one_call(launched, monkeypatch, B, T, heads, cu_seqlens, large, normali
     )
     assert o.shape == inputs[2].shape and final.shape == initial.shape
     assert {"prepare", "recurrence"} <= set(launched)
+    assert launched.count("query_norms") == normalize
     gradients = backward.chunk_gdn_backward(*inputs, saved, o, final, **how)
     assert [g.shape for g in gradients] == [*(x.shape for x in inputs), initial.shape]
     assert {"replay", "reverse", "gradients", "beta_gradient"} <= set(launched)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("heads", [(2, 4), (16, 64)])
 @pytest.mark.parametrize(("left", "right"), [(0, 1), (1, 1), (1, 0)])
-def test_stages(launched, heads, left, right):
+def test_stages(launched, heads, left, right, normalize):
     q, *inputs = draw(1, 1000, *heads)
-    ends = {"open_left": left, "open_right": right}
+    ends = {"open_left": left, "open_right": right, "use_qk_l2norm_in_kernel": normalize}
     opened = forward.open_forward(*inputs, **ends)
     forward.leaving_summary(opened, transition=bool(left))
     late = states(left, heads[1]) if left else None
+    forward.norm_queries(opened, q)
     o, _, saved = forward.close_forward(opened, q, incoming=late)
     begun = backward.open_backward(q, *inputs, saved, o, initial_state=late, **ends)
     assert backward.entering_summary(begun).shape[0] == left
@@ -135,6 +138,7 @@ def test_stages(launched, heads, left, right):
     incoming = states(right, heads[1]) if right else None
     gradients = backward.close_backward(begun, incoming=incoming)
     assert [g.shape for g in gradients[:5]] == [x.shape for x in (q, *inputs)]
+    assert launched.count("query_norms") == normalize
 
 
 def test_a_wrong_argument_is_seen(launched, monkeypatch):
