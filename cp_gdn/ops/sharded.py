@@ -118,8 +118,8 @@ def sharded_backward(
         dht = dfinal[documents(context, count)].clone()
         dht[count - cuts.right :] = 0
 
-    at_once = comm.takes_no_multiprocessor(context)
     run.open_backward(h0, do, dht, cuts.left, cuts.right)
+    at_once = comm.takes_no_multiprocessor(context)
     if context.exchange == "serial":
         dS_in = boundary.receive_state(run.room(cuts.each), context, reverse=True)
         dS_out = run.entering_gradient(dS_in) if cuts.left else None

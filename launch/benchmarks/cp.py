@@ -4,8 +4,9 @@ One process a GPU. Every row is one sequence of T tokens: on one GPU whole, and 
 operator, forward and forward + backward through autograd, launches included, of the slowest rank. ms: calls that start
 cold, all ranks together, with the device idle; host_ms is how long the slowest host takes to issue one. queued_ms: of
 calls issued one after another, so that the host runs ahead as it does in training, a call's share of their time.
-Checks first: outputs and gradients over the ranks against one GPU's. Writes docs/results/cp-2xh200.json and .png.
-Arguments:
+cp_own_thread: autograd runs the backward in the caller's thread (torch.autograd.set_multithreading_enabled), not in one
+of its own that wakes up for it. Checks first: outputs and gradients over the ranks against one GPU's. Writes
+docs/results/cp-2xh200.json and .png. Arguments:
 
     peers=[flash_qla]    flash_qla (inter-card), fla, ulysses (head-parallel all-to-all around our kernels; it
                          sends so much that NCCL then gets all its channels, otherwise four)
@@ -151,6 +152,8 @@ def measure(options: Options, shape: list[int], gates: str, group) -> dict[str, 
         row[f"{exchange}_bytes"] = comm.meter.take()["bytes"]
         row[f"cp_{exchange}"] = timed(ours(context), parts, options.repeats, group)
     context = build_cp_context(group, seq_len=T, exchange=options.exchanges[0])
+    with torch.autograd.set_multithreading_enabled(False):
+        row["cp_own_thread"] = timed(ours(context), parts, options.repeats, group)
     with without_exchange():
         row["cp_without_exchange"] = timed(ours(context), parts, options.repeats, group)
     replays = [graph_of(passes(ours(context), *part)[1]) for part in parts]

@@ -35,7 +35,8 @@ STEPS = (
 )  # fmt: skip
 COLOURS = {
     "open": "#4878a8", "leaving": "#86b0d8", "meanwhile": "#b0c8a0", "close": "#1f4e79",
-    "open_backward": "#c8763c",    "entering": "#e8b48c", "replay": "#6a9c58", "close_backward": "#8c4a1c", "exchange": "#b02020",
+    "open_backward": "#c8763c", "entering": "#e8b48c", "replay": "#6a9c58",
+    "close_backward": "#8c4a1c", "exchange": "#b02020",
 }  # fmt: skip
 
 
