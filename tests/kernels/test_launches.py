@@ -141,6 +141,27 @@ def test_stages(launched, heads, left, right, normalize):
     assert launched.count("query_norms") == normalize
 
 
+@pytest.mark.parametrize("change", [None, "shape", "dtype", "option", "bad"])
+def test_calls_of_the_same_kind_are_checked_once(launched, monkeypatch, change):
+    checked = []
+    monkeypatch.setattr(layout, "check", lambda *arguments: checked.append(arguments))
+    q, k, v, g, beta = draw(1, 100, 2, 4)
+    how = {"use_qk_l2norm_in_kernel": True}
+    forward.chunk_gdn_forward(q, k, v, g, beta, **how)
+    if change == "shape":
+        q, k, v, g, beta = draw(1, 101, 2, 4)
+    elif change == "dtype":
+        g = g.bfloat16()
+    elif change == "option":
+        how = {}
+    elif change == "bad":
+        with pytest.raises(ValueError, match="expected"):
+            forward.chunk_gdn_forward(q[:, 1:], k, v, g, beta, **how)
+        return
+    forward.chunk_gdn_forward(q, k, v, g, beta, **how)
+    assert len(checked) == 1 + (change is not None)
+
+
 def test_a_wrong_argument_is_seen(launched, monkeypatch):
     true = forward.pack
 
