@@ -43,7 +43,7 @@ def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
         targets, sources = sorted({p for p, _ in outgoing}), sorted({p for p, _ in incoming})
         return f"to ranks {targets}, from ranks {sources}"
 
-    stream = _current_stream(device)
+    stream = _stream_of(device)
     exchange = meter.begin(sum([t.nbytes for _, t in outgoing]), device, what, stream)
     if isinstance(group, VirtualGroup):
         group.exchange(outgoing, incoming)
@@ -58,13 +58,21 @@ def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
     meter.end(exchange)
 
 
-def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """None on the CPU."""
-    if device.type != "cuda":
-        return None
-    lane = _stream(device)  # mostly it is this one, known at a tenth of the cost
-    current = torch._C._cuda_getCurrentRawStream(device.index)
-    return lane if current == lane.cuda_stream else torch.cuda.current_stream(device)
+def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    """The current stream, None on the CPU."""
+    return _current_stream(device) if device.type == "cuda" else None
+
+
+_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
+
+
+def _current_stream(device: torch.device) -> torch.cuda.Stream:
+    """As torch.cuda.current_stream, which makes an object each time; here each stream has one."""
+    key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    stream = _streams.get(key)
+    if stream is None:
+        stream = _streams[key] = torch.cuda.current_stream(device)
+    return stream
 
 
 def _send_and_receive(
@@ -97,7 +105,8 @@ def _by_mail(
 ) -> None:
     """What fits into the boxes, on one stream, so that both sides keep the order of their calls; the rest by NCCL."""
     lane = _stream(stream.device)
-    if stream is not lane:
+    other = stream.cuda_stream != lane.cuda_stream
+    if other:
         lane.wait_stream(stream)
     sent, large = _fitting(outgoing)
     received, larger = _fitting(incoming)
@@ -107,7 +116,7 @@ def _by_mail(
         _send_and_receive(large, larger, group, stream.device)
     for peer, tensors in received.items():
         mailbox.receive(peer, tensors, lane.cuda_stream)
-    if stream is not lane:
+    if other:
         stream.wait_stream(lane)
 
 
@@ -126,7 +135,7 @@ def _fitting(messages: Messages) -> tuple[dict[int, list[Tensor]], Messages]:
 
 def _gather_flat(every: Tensor, mine: Tensor, group: Group | None) -> None:
     """[n, ...] of every rank into [P * n, ...]."""
-    exchange = meter.begin(mine.nbytes, mine.device, "all_gather", _current_stream(mine.device))
+    exchange = meter.begin(mine.nbytes, mine.device, "all_gather", _stream_of(mine.device))
     if isinstance(group, VirtualGroup):
         group.all_gather(every, mine)
     else:
@@ -138,7 +147,7 @@ def _scatter_rows(
     out: Tensor, given: Tensor, out_counts: list[int], in_counts: list[int], group: Group | None
 ) -> None:
     """Rows of ``given``, ``in_counts`` for each rank; into ``out`` what they have for this one, ``out_counts`` each."""
-    exchange = meter.begin(given.nbytes, given.device, "all_to_all", _current_stream(given.device))
+    exchange = meter.begin(given.nbytes, given.device, "all_to_all", _stream_of(given.device))
     if isinstance(group, VirtualGroup):
         group.all_to_all(out, given, out_counts, in_counts)
     else:
@@ -185,7 +194,7 @@ class Pending(Generic[Result]):
     def wait(self) -> Result:
         """Let the current stream wait."""
         if self._done is not None:
-            self._hold_up(torch.cuda.current_stream(self._device), self._done)
+            self._hold_up(_current_stream(self._device), self._done)
         return self._result
 
     def wait_there(self) -> Result:
@@ -205,7 +214,7 @@ def mark(device: torch.device) -> Mark | None:
     """Where the current stream stands, for one exchange; None on the CPU."""
     if device.type != "cuda":
         return None
-    stream = torch.cuda.current_stream(device)
+    stream = _current_stream(device)
     return Mark(stream, _recorded(device, stream))
 
 
@@ -293,7 +302,7 @@ def all_reduce_max(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
 def sum_over_group(tensor: Tensor, context: "CPContext") -> Tensor:
     """Sum of a replicated-shape tensor over the context's ranks, metered like the exchanges; returns a new tensor."""
     total = tensor.clone(memory_format=torch.contiguous_format)
-    exchange = meter.begin(total.nbytes, total.device, "all_reduce", _current_stream(total.device))
+    exchange = meter.begin(total.nbytes, total.device, "all_reduce", _stream_of(total.device))
     if isinstance(context.group, VirtualGroup):
         context.group.all_reduce(total)
     else:

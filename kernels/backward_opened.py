@@ -15,7 +15,7 @@ from .backward_reverse import reverse
 from .common import CHUNK, slots
 from .forward import Saved
 from .inputs import DTYPES, KEY_DIM, flat
-from .launch import multiprocessors, ready
+from .launch import current_stream, multiprocessors, ready
 
 # Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU.
 MANY_CHAINS = 64
@@ -205,7 +205,7 @@ def hold(
     if initial is not None:
         initial = initial.contiguous()
     entering = torch.empty(layout.entering, dtype=q.dtype, device=q.device)
-    stream = torch.cuda.current_stream(q.device)
+    stream = current_stream(q.device)
     return OpenBackward(
         (q, k, v, g, beta), layout, flat(q), flat(k), flat(v), flat(do), flat(beta), saved, dfinal,
         initial, KEY_DIM**-0.5 if scale is None else scale, normalize, left, right,

@@ -74,7 +74,7 @@ def launched(monkeypatch):
         monkeypatch.setattr(module, "_layouts", {})
     monkeypatch.setattr(layout, "check", lambda *arguments: None)
     monkeypatch.setattr(backward, "side_stream", lambda device: Nowhere())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Nowhere())
+    monkeypatch.setattr(backward_opened, "current_stream", lambda device: Nowhere())
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     return names
 
