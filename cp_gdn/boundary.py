@@ -158,7 +158,7 @@ def _all_gather(
         return _sends(context, a, reverse) and (b < a if reverse else a < b)
 
     outgoing, incoming = _spread([S] * P, every, onward, context)
-    if not reverse and any(map(context.through, range(P))):
+    if not reverse and context.any_through:
         own = S if summary.M is None else summary.M.contiguous()
         M = S.new_empty(P, *S.shape[:-1], S.shape[-2])
         more = _spread([own] * P, M, lambda a, b: context.through(a), context)
@@ -180,7 +180,7 @@ def _all_to_all(
     outgoing, incoming = _spread(
         S.split(counts), owned, lambda a, b: _sends(context, a, reverse), context
     )
-    if not reverse and any(map(context.through, range(P))):
+    if not reverse and context.any_through:
         own = S if summary.M is None else summary.M.contiguous().flatten(0, -3)
         M = S.new_empty(P, counts[me], S.shape[1], S.shape[1])
         more = _spread(own.split(counts), M, lambda a, b: context.through(a), context)

@@ -81,21 +81,33 @@ class CPContext:
 
     def crosses(self, cut: int) -> bool:
         """Whether a document lies on both sides of the cut before rank ``cut`` (0 < cut < size)."""
-        if not 0 < cut < self.size:
-            return False
-        return self.document_start(self.shard_bounds[cut]) < self.shard_bounds[cut]
+        return self._crossed[cut]
 
     def through(self, rank: int) -> bool:
         """Whether one document covers the shard of ``rank`` and crosses both its cuts."""
-        return (
-            self.crosses(rank)
-            and self.crosses(rank + 1)
-            and self.document_start(self.shard_bounds[rank + 1]) < self.shard_bounds[rank]
+        return self._covered[rank]
+
+    @cached_property
+    def _crossed(self) -> tuple[bool, ...]:
+        bounds = self.shard_bounds[1:-1]
+        return (False, *(self.document_start(bound) < bound for bound in bounds), False)
+
+    @cached_property
+    def _covered(self) -> tuple[bool, ...]:
+        bounds, crossed = self.shard_bounds, self._crossed
+        return tuple(
+            crossed[r] and crossed[r + 1] and self.document_start(bounds[r + 1]) < bounds[r]
+            for r in range(self.size)
         )
 
     @cached_property
     def is_through(self) -> bool:
         return self.through(self.rank)
+
+    @cached_property
+    def any_through(self) -> bool:
+        """Whether any rank is through; where none is, no rank needs an M."""
+        return any(self._covered)
 
     @cached_property
     def crosses_left(self) -> bool:
@@ -108,7 +120,7 @@ class CPContext:
     @cached_property
     def any_crossing(self) -> bool:
         """Whether any cut of the group is crossed; where none is, no rank exchanges anything."""
-        return any(self.crosses(cut) for cut in range(1, self.size))
+        return any(self._crossed)
 
     def check_tokens(self, x: Tensor) -> None:
         """Raise ValueError unless ``x`` [B, T, ...] is this rank's part of a batch that the context fits."""
