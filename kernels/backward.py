@@ -110,7 +110,7 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     x.vd = torch.empty(x.layout.vd, dtype=x.q.dtype, device=device)
     x.pairs = torch.empty(x.layout.pairs, dtype=torch.int32, device=device)
     if x.layout.in_blocks or x.layout.many:
-        x.pairs[:, :1].zero_()
+        x.pairs.zero_()
         if not x.layout.in_blocks:  # else block by block
             replay_states(x)
         return
@@ -119,7 +119,7 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     torch.cuda.set_stream(beside)
     try:
         # a dS chain that is launched beside it gets its multiprocessors first
-        x.pairs[:, :1].zero_()
+        x.pairs.zero_()
         replay_states(x)
         x.replayed = beside.record_event()
     finally:
