@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from cp_gdn import comm
 
-QUEUE, ROUNDS = 10, 3  # calls one after another, and how often
+QUEUE, ROUNDS = 8, 3  # calls one after another, and how often
 
 
 def slowest(value: float, group: dist.ProcessGroup) -> float:
