@@ -1,6 +1,7 @@
 """The backward of the gated delta rule on Hopper: functions to call.
 
     open_backward      the inputs, held for what follows
+    begin_replay       the replay, where it runs beside the next
     entering_summary   gradients of the states that enter the first sequences, while none comes in
     replay             the states, from what the forward saved (backward_replay.py), beside the rest
     close_backward     the dS chain, then all gradients
@@ -104,9 +105,11 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
 
     Where chains do not fill the GPU it runs beside the current stream: from the beginning, or from
     here on if somebody waits for what entering_summary found and gets it by a kernel, which must not
-    wait for multiprocessors; `at_once`: it needs none.
+    wait for multiprocessors; `at_once`: it needs none. Once: a second call does nothing.
     """
     x, device = opened, opened.q.device
+    if x.vd is not None:
+        return
     x.vd = torch.empty(x.layout.vd, dtype=x.q.dtype, device=device)
     x.pairs = torch.empty(x.layout.pairs, dtype=torch.int32, device=device)
     if x.layout.in_blocks or x.layout.many:
@@ -124,6 +127,14 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
         x.replayed = beside.record_event()
     finally:
         torch.cuda.set_stream(x.stream)
+
+
+def begin_replay(opened: OpenBackward, *, at_once: bool) -> None:
+    """Replay before entering_summary, if it runs beside that from the beginning anyway: the sooner the
+    host launches it the better."""
+    x = opened
+    if not (x.layout.in_blocks or x.layout.many) and (at_once or not x.open_left):
+        replay(x, at_once=at_once)
 
 
 def _incoming(x: OpenBackward, incoming: torch.Tensor | None) -> torch.Tensor | None:

@@ -308,6 +308,9 @@ class TorchRun:
         """The true gradient of those states, if :meth:`close_backward` would not have it as soon: here it has."""
         return None
 
+    def begin_replay(self, *, at_once: bool) -> None:
+        """What :meth:`replay` does, where it runs beside :meth:`entering`: nothing on this engine."""
+
     def replay(self, *, at_once: bool) -> None:
         """What the backward can do before late gradients come: nothing on this engine."""
 

@@ -121,13 +121,18 @@ class HopperRun:
         else:
             self._all_known = given, how
 
+    def begin_replay(self, *, at_once: bool) -> None:
+        """What needs no late gradient, already now if it runs beside ``entering``."""
+        if self._all_known is None:
+            self._backward.begin_replay(self._opened, at_once=at_once)
+
     def entering(self, incoming: Tensor | None = None) -> Tensor:
         return self._backward.entering_summary(self._opened, incoming=incoming)
 
     entering_gradient = entering
 
     def replay(self, *, at_once: bool) -> None:
-        """What needs no late gradient, also beside ``entering`` if ``at_once``."""
+        """What needs no late gradient, also beside ``entering`` if ``at_once``; if it was not begun."""
         if self._all_known is None:
             self._backward.replay(self._opened, at_once=at_once)
 

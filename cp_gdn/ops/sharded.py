@@ -132,6 +132,7 @@ def sharded_backward(
         return out
     pending = None
     if context.any_crossing:
+        run.begin_replay(at_once=at_once)
         dS = run.entering() if cuts.left else run.room(cuts.each)
         ready = comm.mark(dS.device)
         run.replay(at_once=at_once)  # launched first: the host prepares the messages meanwhile

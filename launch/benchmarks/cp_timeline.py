@@ -31,11 +31,12 @@ from .inputs import draw
 from .timing import parse, pyplot, results_path
 
 STEPS = (
-    "open", "leaving", "meanwhile", "close", "open_backward", "entering", "replay", "close_backward"
+    "open", "leaving", "meanwhile", "close", "open_backward", "begin_replay", "entering", "replay",
+    "close_backward",
 )  # fmt: skip
 COLOURS = {
     "open": "#4878a8", "leaving": "#86b0d8", "meanwhile": "#b0c8a0", "close": "#1f4e79",
-    "open_backward": "#c8763c", "entering": "#e8b48c", "replay": "#6a9c58",
+    "open_backward": "#c8763c", "entering": "#e8b48c", "replay": "#6a9c58", "begin_replay": "#6a9c58",
     "close_backward": "#8c4a1c", "exchange": "#b02020",
 }  # fmt: skip
 

@@ -121,10 +121,11 @@ def test_one_call(launched, monkeypatch, B, T, heads, cu_seqlens, large, normali
     assert {"replay", "reverse", "gradients", "beta_gradient"} <= set(launched)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("heads", [(2, 4), (16, 64)])
 @pytest.mark.parametrize(("left", "right"), [(0, 1), (1, 1), (1, 0)])
-def test_stages(launched, heads, left, right, normalize):
+def test_stages(launched, heads, left, right, normalize, at_once):
     q, *inputs = draw(1, 1000, *heads)
     ends = {"open_left": left, "open_right": right, "use_qk_l2norm_in_kernel": normalize}
     opened = forward.open_forward(*inputs, **ends)
@@ -133,8 +134,12 @@ def test_stages(launched, heads, left, right, normalize):
     forward.norm_queries(opened, q)
     o, _, saved = forward.close_forward(opened, q, incoming=late)
     begun = backward.open_backward(q, *inputs, saved, o, initial_state=late, **ends)
+    backward.begin_replay(begun, at_once=at_once)
+    early = launched.count("replay")
+    assert early == (heads == (2, 4) and (at_once or not left))
     assert backward.entering_summary(begun).shape[0] == left
     backward.replay(begun)
+    assert launched.count("replay") == 1
     incoming = states(right, heads[1]) if right else None
     gradients = backward.close_backward(begun, incoming=incoming)
     assert [g.shape for g in gradients[:5]] == [x.shape for x in (q, *inputs)]

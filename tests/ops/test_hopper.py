@@ -141,6 +141,10 @@ def fake_replay(call, *, at_once):
     call.replayed = True
 
 
+def fake_begin_replay(call, *, at_once):
+    assert not at_once and not call.replayed
+
+
 def fake_backward(*inputs, **keywords):
     return _differentiate(fake_open_backward(*inputs, open_left=0, open_right=0, **keywords), None)
 
@@ -178,6 +182,7 @@ def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fak
             open_backward=fake_open_backward,
             entering_summary=fake_entering_summary,
             replay=fake_replay,
+            begin_replay=fake_begin_replay,
             close_backward=fake_close_backward,
         ),
     ):
