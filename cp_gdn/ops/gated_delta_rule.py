@@ -57,8 +57,8 @@ def chunk_gated_delta_rule(
         cu_seqlens: document offsets of packed sequences [N + 1], B = 1; read on the host. Leave it out with a
             ``cp_context``, which carries them.
         cp_context: from :func:`cp_gdn.build_cp_context`; every rank of its group must call, and backpropagate.
-        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K <= 128; K = V = 128 costs nothing more, see
-            ops/head_dims.py), or "auto": tilelang where it can, else torch.
+        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K up to 128; its own heads are K = V = 128, what others
+            cost is in docs/kernels.md), or "auto": tilelang where it can, else torch.
 
     Returns:
         o [B, T, Hv, V] in the dtype of v, and the final states (fp32; fp64 with fp64 inputs) or None.
