@@ -18,9 +18,10 @@ from .test_on_gpu import (
 pytestmark = pytest.mark.gpu
 
 
-def rounded(dims, dtype=torch.bfloat16, *, B=1, N=None) -> Case:
-    """Two key heads, slow, moderate, strong and no decay; q, k, v as the kernels are given them."""
-    q, k, v, *others = (case := make_case(300, 2, 4, *dims, B=B, N=N)).inputs
+def rounded(dims, dtype=torch.bfloat16, *, key_heads=2, B=1, N=None) -> Case:
+    """Slow, moderate, strong and no decay; q, k, v as the kernels are given them."""
+    case = make_case(300, key_heads, 4, *dims, B=B, N=N)
+    q, k, v, *others = case.inputs
     low = [x.to(dtype) for x in (q, k, v)] + [x.float() for x in others]
     return Case(tuple(low), case.do, case.dfinal)
 
@@ -39,6 +40,11 @@ def test_against_the_recurrence(dims, B, cu_seqlens):
     got = kernel_gradients(case, cu_seqlens=cu_seqlens)
     assert [x.shape for x in got[2:]] == [x.shape for x in case.inputs]
     check(got, gradients_of_the_recurrence(case, cu_seqlens))
+
+
+def test_eight_heads_of_128_share_a_key_head():
+    case = rounded((128, 256), key_heads=1)
+    check(kernel_gradients(case), gradients_of_the_recurrence(case))
 
 
 def test_fp16():
