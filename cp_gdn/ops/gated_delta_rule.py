@@ -57,7 +57,7 @@ def chunk_gated_delta_rule(
         cu_seqlens: document offsets of packed sequences [N + 1], B = 1; read on the host. Leave it out with a
             ``cp_context``, which carries them.
         cp_context: from :func:`cp_gdn.build_cp_context`; every rank of its group must call, and backpropagate.
-        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K up to 128; its own heads are K = V = 128, what others
+        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K up to 128; what other heads than K = V = 128
             cost is in docs/kernels.md), or "auto": tilelang where it can, else torch.
 
     Returns:
