@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cp_gdn import CPGatedDeltaNet, build_cp_context, chunk_gated_delta_rule, run_virtual_ranks
+from cp_gdn import CPGatedDeltaNet, build_cp_context, chunk_gated_delta_rule
 
 from ..cases import Case, make_case
 from .test_fused_on_gpu import draw, layer_run
@@ -11,6 +11,7 @@ from .test_head_dims import DIMS
 from .test_on_gpu import (
     PACKED,
     gradients_of_the_recurrence,
+    gradients_over_virtual_ranks,
     kernel_gradients,
     overall_errors,
 )
@@ -72,19 +73,8 @@ def test_wider_keys_are_refused():
 )
 def test_over_virtual_ranks(cu_seqlens, sizes, exchange):
     case = rounded((64, 256), N=len(cu_seqlens) - 1 if cu_seqlens else 1)
-
-    def step(group):
-        context = build_cp_context(
-            group, seq_len=300, cu_seqlens=cu_seqlens, shard_sizes=sizes, exchange=exchange
-        )
-        o, final, *grads = kernel_gradients(case, context, rank=group.rank)
-        grads = [g.float() for g in grads]
-        for grad in grads:
-            group.all_reduce(grad)
-        return [context.gather(o), final, *grads]
-
     ref = gradients_of_the_recurrence(case, cu_seqlens)
-    for got in run_virtual_ranks(3, step, device="cuda"):
+    for got in gradients_over_virtual_ranks(case, 3, exchange, cu_seqlens, sizes):
         check(got, ref)
 
 
