@@ -25,8 +25,9 @@ def fit(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Inputs of :func:`cp_gdn.chunk_gated_delta_rule` as heads of DIM columns, K <= DIM.
 
-    Value head h becomes the heads from ``h * parts(V)`` on, so that all keep their key head. What has
-    the right size is not copied, but for the gates and states of heads that are taken apart.
+    With n = parts(V): q, k [B, T, Hk, DIM], v [B, T, Hv n, DIM], g, beta [B, T, Hv n], states
+    [N, Hv n, DIM, DIM]. Value head h becomes the heads from h n on, so that all keep their key head.
+    What has the right size is not copied, but for gates and states of heads that are taken apart.
     """
     n = parts(v.shape[3])
     q, k, v = _resized(q, DIM), _resized(k, DIM), _resized(v, n * DIM)
