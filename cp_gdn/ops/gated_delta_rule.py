@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import boundary, comm
 from ..context import CPContext, build_cp_context, debug_enabled
-from . import chunked, hopper
+from . import chunked, head_dims, hopper
 from .engines import use_kernels
 from .reference import l2_normalize
 from .sharded import documents, ends, sharded_backward, sharded_forward
@@ -57,8 +57,8 @@ def chunk_gated_delta_rule(
         cu_seqlens: document offsets of packed sequences [N + 1], B = 1; read on the host. Leave it out with a
             ``cp_context``, which carries them.
         cp_context: from :func:`cp_gdn.build_cp_context`; every rank of its group must call, and backpropagate.
-        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K = V = 128), or "auto": tilelang where it can,
-            else torch.
+        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K up to 128; what other heads than K = V = 128
+            cost is in docs/kernels.md), or "auto": tilelang where it can, else torch.
 
     Returns:
         o [B, T, Hv, V] in the dtype of v, and the final states (fp32; fp64 with fp64 inputs) or None.
@@ -69,7 +69,7 @@ def chunk_gated_delta_rule(
     """
     context = _context_for(q, cu_seqlens, cp_context)
     _check_shapes(q, k, v, g, beta, initial_state, context)
-    picked = _pick_engine(engine, q, v)
+    picked = _pick_engine(engine, q)
     if debug_enabled():
         _check_values(g, beta, initial_state, context)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -77,6 +77,10 @@ def chunk_gated_delta_rule(
         dtype = chunked.compute_dtype(q.dtype)
         with _no_autocast(q.device.type):
             q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
+    dims = q.shape[3], v.shape[3]
+    fitted = picked == "tilelang" and dims != (head_dims.DIM, head_dims.DIM)
+    if fitted:
+        q, k, v, g, beta, initial_state = head_dims.fit(q, k, v, g, beta, initial_state)
     o, final = _GatedDeltaRule.apply(
         _Call(picked, scale, use_qk_l2norm_in_kernel, output_final_state, context),
         initial_state,
@@ -86,6 +90,8 @@ def chunk_gated_delta_rule(
         g,
         beta,
     )
+    if fitted:
+        o, final = head_dims.restore(o, final, *dims)
     return o, final if output_final_state else None
 
 
@@ -245,8 +251,8 @@ def _check_values(
         raise ValueError("; ".join(found))
 
 
-def _pick_engine(engine: str, q: Tensor, v: Tensor) -> str:
-    obstacle = None if engine == "torch" else hopper.obstacle(q, v)
+def _pick_engine(engine: str, q: Tensor) -> str:
+    obstacle = None if engine == "torch" else hopper.obstacle(q)
     picked = "tilelang" if use_kernels(engine, obstacle) else "torch"
     if engine == "auto":
         _announce(picked, q.device.type, obstacle)
