@@ -276,27 +276,10 @@ __device__ __forceinline__ void subtract_rows(float* q, float* k, const void* qu
     }
   }
 }
-// logs[0..63]: log2 of |scale| / |q|, by two threads a row; logs[64..]: log2 of rk = 1 / |k|.
-template <bool HALF>
-__device__ __forceinline__ void take_logs(const void* queries, const float* rk, float* logs, int w,
-                                          float scale) {
+// Of a warpgroup's 64 norms, log2 |scale| / |q| or log2 1 / |k|.
+__device__ __forceinline__ void take_logs(const float* norms, float* logs, int w, float scale) {
   const int t = threadIdx.x & 127;
-  if (w) {
-    if (t < 64) logs[64 + t] = __log2f(rk[t]);
-    return;
-  }
-  const uint4* row = (const uint4*)((const char*)queries + (t & 1) * 8192 + (t >> 1) * 128);
-  float sum = 0;
-#pragma unroll 2
-  for (int i = 0; i < 8; ++i) {
-    const uint4 x = row[i ^ (t >> 1 & 7)];
-    const float2 a = unpack<HALF>(x.x), b = unpack<HALF>(x.y), c = unpack<HALF>(x.z),
-                 d = unpack<HALF>(x.w);
-    sum += a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y + c.x * c.x + c.y * c.y + d.x * d.x +
-           d.y * d.y;
-  }
-  sum += __shfl_xor_sync(~0u, sum, 1);
-  logs[t >> 1] = __log2f(fabsf(scale)) - 0.5f * __log2f(sum + 1e-6f);
+  if (t < 64) logs[t] = __log2f(norms[t]) + (w ? 0.f : __log2f(fabsf(scale)));
 }
 // A warpgroup's accumulators into a panel.
 template <bool HALF>

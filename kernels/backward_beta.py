@@ -23,7 +23,8 @@ def beta_gradient(
     C, K, V = CHUNK, 128, 128
     f32, i32 = "float32", "int32"
     L, NC, Hk, Hv = T.dynamic("L"), T.dynamic("NC"), T.dynamic("Hk"), T.dynamic("Hv")
-    N1, NR, NP = T.dynamic("N1"), T.dynamic("NR"), T.dynamic("NP")
+    N1, NP = T.dynamic("N1"), T.dynamic("NP")
+    NR, NQ = T.dynamic("NR"), T.dynamic("NQ")
 
     @T.prim_func
     def main(
@@ -37,6 +38,7 @@ def beta_gradient(
         dleaving: T.Tensor((NC, Hv, V, K), dtype),
         gate: T.Tensor((NC, Hv, C), f32),
         rnorm: T.Tensor((NR, Hk, C), f32),
+        qnorm: T.Tensor((NQ, Hk, C), f32),
         beta: T.Tensor((L, Hv), beta_dtype),
         cu: T.Tensor((N1,), i32),
         pairs: T.Tensor((NP,), i32),
@@ -64,7 +66,6 @@ def beta_gradient(
             e = T.alloc_fragment((C, V), f32)
             dR = T.alloc_fragment((C, V), f32)
             row_sum = T.alloc_fragment((C,), f32)
-            square = T.alloc_local((1,), f32)
             doc = T.alloc_local((1,), i32)
             full = T.alloc_barrier(128)
             tiles = (qs, ks, vs, dos, vds, dvs, Ss, Ds, ns, ps)
@@ -90,21 +91,14 @@ def beta_gradient(
                 T.tma_copy(gate[slot, h, :], gs, barrier=full)
                 if normalize:
                     T.tma_copy(rnorm[slot, hk, :], rk, barrier=full)
+                    T.tma_copy(qnorm[slot, hk, :], rq, barrier=full)
                 T.mbarrier_arrive(full)
                 T.mbarrier_wait_parity(full, i % 2)
-                if normalize:
-                    square[0] = 0.0
-                    for x in T.serial(K // 2):
-                        square[0] += T.cast(qs[tx // 2, tx % 2 * (K // 2) + x], f32) * (
-                            T.cast(qs[tx // 2, tx % 2 * (K // 2) + x], f32)
-                        )
-                    square[0] += T.shfl_xor(square[0], 1)
-                    rq[tx // 2] = T.rsqrt(square[0] + 1e-6)
-                else:
+                if not normalize:
                     if tx < C:
                         rk[tx] = 1.0
                         rq[tx] = 1.0
-                T.sync_threads()
+                    T.sync_threads()
                 T.wgmma_gemm(qs, ks, M, transpose_B=True, clear_accum=True)
                 T.wait_wgmma(0)
                 for x, y in T.Parallel(C, C):

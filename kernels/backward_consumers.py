@@ -30,7 +30,7 @@ class Room(NamedTuple):
     Ds: Any
     ms: Any  # dP, N + N^T
     gs: Any
-    rk: Any
+    norms: Any  # 1 / |q|, 1 / |k|
     logs: Any
     project: Any
     sums: Any  # rows, columns of 4 warps, dots, ends
@@ -71,10 +71,9 @@ def consumer(*, ratio, dtype, normalize):
         call("commit_products")
         if normalize:
             call(
-                f"take_logs<{half}>",
-                tile(room.qk, 0),
-                T.access_ptr(room.rk[0], "r"),
-                T.access_ptr(room.logs[0], "w"),
+                "take_logs",
+                T.access_ptr(room.norms[w, 0], "r"),
+                T.access_ptr(room.logs[w * 64], "w"),
                 w,
                 scale,
             )

@@ -45,7 +45,8 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
     C, K, V, HALF, R = CHUNK, 128, 128, 64, ratio
     f32, i32 = "float32", "int32"
     L, NC, Hk, Hv = T.dynamic("L"), T.dynamic("NC"), T.dynamic("Hk"), T.dynamic("Hv")
-    N1, NR, NP = T.dynamic("N1"), T.dynamic("NR"), T.dynamic("NP")
+    N1, NP = T.dynamic("N1"), T.dynamic("NP")
+    NR, NQ = T.dynamic("NR"), T.dynamic("NQ")
     smallest = SMALLEST_BETA[dtype]
     consume = consumer(ratio=ratio, dtype=dtype, normalize=normalize)
 
@@ -98,7 +99,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                     T.mbarrier_arrive(full[w])
 
     @T.macro
-    def move_item(room, ring, q, k, rnorm, dq, dk, at, count):
+    def move_item(room, ring, q, k, rnorm, qnorm, dq, dk, at, count):
         """Loads q and k, and stores the dq and dk that take their place."""
         for x, i in ((q, 0), (k, 2)):
             for w in range(2):
@@ -108,7 +109,8 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                     barrier=ring.fullQ[0],
                 )
         if normalize:
-            T.tma_copy(rnorm[at[0], at[1], :], room.rk, barrier=ring.fullQ[0])
+            T.tma_copy(qnorm[at[0], at[1], :], room.norms[0, :], barrier=ring.fullQ[0])
+            T.tma_copy(rnorm[at[0], at[1], :], room.norms[1, :], barrier=ring.fullQ[0])
         T.mbarrier_arrive(ring.fullQ[0])
         T.mbarrier_arrive(ring.sentQ[0])
         T.mbarrier_wait_parity(ring.emptyQ[0], count[0] % 2)
@@ -185,6 +187,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         dleaving: T.Tensor((NC, Hv, V, K), dtype),
         gate: T.Tensor((NC, Hv, C), f32),
         rnorm: T.Tensor((NR, Hk, C), f32),
+        qnorm: T.Tensor((NQ, Hk, C), f32),
         beta: T.Tensor((L, Hv), beta_dtype),
         cu: T.Tensor((N1,), i32),
         dq: T.Tensor((L, Hk, K), dtype),
@@ -204,7 +207,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             Ds = T.alloc_shared((2, V, HALF), dtype)
             ms = T.alloc_shared((2, C, C), dtype)  # dP, -N
             gs = T.alloc_shared((2, C), f32)
-            rk = T.alloc_shared((C,), f32)
+            norms = T.alloc_shared((2, C), f32)  # 1 / |q|, 1 / |k|
             logs = T.alloc_shared((2 * C,), f32)
             project = T.alloc_shared((2, 2 * C), f32)
             sums = T.alloc_shared((4, 7 * C), f32)  # rows, columns of 4 warps, dots, ends
@@ -233,7 +236,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             emptyV = T.alloc_barrier([64] * 2)
             fullM = T.alloc_barrier([8])
             emptyM = T.alloc_barrier([8])
-            room = Room(qk, xs, Ss, Ds, ms, gs, rk, logs, project, sums, traces, diagonal, left)
+            room = Room(qk, xs, Ss, Ds, ms, gs, norms, logs, project, sums, traces, diagonal, left)
             ring = Ring(fullQ, emptyQ, sentQ, fullX, emptyX, fullS, emptyS, fullD, emptyD, fullV, emptyV,
                         fullM, emptyM)  # fmt: skip
             tx = T.get_thread_binding()
@@ -275,7 +278,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                         room, ring, beta, dbeta, pairs, betas, at, count, tx % 32
                                     )
                                 else:
-                                    move_item(room, ring, q, k, rnorm, dq, dk, at, count)
+                                    move_item(room, ring, q, k, rnorm, qnorm, dq, dk, at, count)
                         count[0] += 1
                 # consumers look one head ahead, past the last one too
                 if tx < 288:

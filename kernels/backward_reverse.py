@@ -53,9 +53,9 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("parts")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     ND, NF, NR, NO = T.dynamic("ND"), T.dynamic("NF"), T.dynamic("NR"), T.dynamic("chunks")
-    NB = T.dynamic("NB")
+    NB, NQ = T.dynamic("NB"), T.dynamic("NQ")
     find_block, find_walk = walks(store=store, heads=Hv)
-    make_pairs, load = supplier(halves, stages, store, dtype, normalize, key_heads=Hk, heads=Hv)
+    make_pairs, load = supplier(halves, stages, store, normalize, key_heads=Hk, heads=Hv)
 
     def product(x, y):
         """Not fused with the sum that follows: there is a wait in between where halves == 2."""
@@ -113,6 +113,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
         a: T.Tensor((NC, Hv, C, C), dtype),
         gate: T.Tensor((NC, Hv, C), f32),
         rnorm: T.Tensor((NR, Hk, C), f32),
+        qnorm: T.Tensor((NQ, Hk, C), f32),
         beta: T.Tensor((L, Hv), beta_dtype),
         cu: T.Tensor((N1,), i32),
         dstates: T.Tensor((NS, Hv, K, V), f32),
@@ -145,8 +146,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             lost = T.alloc_shared((2, C), f32)  # beta - a_ii
             if normalize:
                 rs = T.alloc_shared((stages, C), f32)
-                rq = T.alloc_shared((C,), f32)
-                square = T.alloc_local((1,), f32)
+                qn = T.alloc_shared((stages, C), f32)
             S = T.alloc_fragment((BV, K), f32)
             Sb = T.alloc_fragment((BV, K), dtype)
             U = T.alloc_fragment((BV, C), f32)
@@ -186,10 +186,10 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             done = T.alloc_local((1,), i32)  # chunks so far
             span = T.alloc_local((2,), i32)  # segments of the block
 
-            given = Given(q, k, do, a, gate, rnorm, beta, cu)
+            given = Given(q, k, do, a, gate, rnorm, qnorm, beta, cu)
             room = Room(ks, qs, as_, xs, ps, gs, ein, eout, eq, lost, P, Pb)
             if normalize:
-                room = room._replace(rs=rs, rq=rq, square=square)
+                room = room._replace(rs=rs, qn=qn)
             ring = Ring(full, empty, ready, spent)
             spot = Spot(tile, h, z, width, first, segment, bits, truncate, open_left, NO, NS, N1, at,
                         walk, done, span)  # fmt: skip

@@ -23,6 +23,7 @@ class Given(NamedTuple):
     a: Any
     gate: Any
     rnorm: Any
+    qnorm: Any
     beta: Any
     cu: Any
 
@@ -42,9 +43,8 @@ class Room(NamedTuple):
     lost: Any  # beta - a_ii
     P: Any
     Pb: Any
-    rs: Any = None  # where the kernels normalise
-    rq: Any = None
-    square: Any = None
+    rs: Any = None  # 1 / |k| and 1 / |q|, where the kernels normalise
+    qn: Any = None
 
 
 class Ring(NamedTuple):
@@ -56,9 +56,9 @@ class Ring(NamedTuple):
     spent: Any
 
 
-def supplier(halves, stages, store, dtype, normalize, *, key_heads, heads):
+def supplier(halves, stages, store, normalize, *, key_heads, heads):
     """The macros `make_pairs` and `load`."""
-    C, K, HALF, f32 = CHUNK, 128, 64, "float32"
+    C, HALF, f32 = CHUNK, 64, "float32"
     BV = HALF * halves
     find_block, find_walk = walks(store=store, heads=heads)
 
@@ -88,16 +88,6 @@ def supplier(halves, stages, store, dtype, normalize, *, key_heads, heads):
                         transpose_B=True,
                         clear_accum=True,
                     )
-                if normalize:
-                    room.square[0] = T.call_extern(
-                        f32,
-                        "gdn::square_sum",
-                        T.access_ptr(room.qs[s, t // 2, t % 2 * (K // 2)], "r"),
-                        dtype == "float16",
-                    )
-                    room.square[0] += T.shfl_xor(room.square[0], 1)
-                    room.rq[t // 2] = scale * T.rsqrt(room.square[0] + 1e-6)
-                    T.call_extern("handle", "gdn::wait_named", 3)
                 T.mbarrier_wait_parity(ring.spent[b], ((spot.done[0] + i) // 2) % 2 ^ 1)
                 if halves == 2:
                     T.wgmma_gemm(
@@ -113,7 +103,7 @@ def supplier(halves, stages, store, dtype, normalize, *, key_heads, heads):
                     if normalize:
                         room.ein[b, t] = -T.exp2(G) * room.rs[s, t]
                         room.eout[b, t] = T.exp2(room.gs[s, C - 1] - G) * room.rs[s, t]
-                        room.eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * room.rq[t], 0.0)
+                        room.eq[b, t] = T.exp2(G) * (scale * room.qn[s, t])  # zero past the end
                     else:
                         room.ein[b, t] = -T.exp2(G)
                         room.eout[b, t] = T.exp2(room.gs[s, C - 1] - G)
@@ -124,7 +114,7 @@ def supplier(halves, stages, store, dtype, normalize, *, key_heads, heads):
                     room.P[x, y] *= T.exp2(T.min(room.gs[s, x] - room.gs[s, y], 0.0))
                 if normalize:
                     for x, y in T.Parallel(C, C):
-                        room.P[x, y] *= room.rq[x] * room.rs[s, y]
+                        room.P[x, y] *= scale * room.qn[s, x] * room.rs[s, y]
                 else:
                     for x, y in T.Parallel(C, C):
                         room.P[x, y] *= scale
@@ -136,8 +126,6 @@ def supplier(halves, stages, store, dtype, normalize, *, key_heads, heads):
                 T.copy(room.P, room.Pb)
                 T.copy(room.Pb, room.ps[b * C : (b + 1) * C, :])
                 T.call_extern("handle", "gdn::fence_shared")
-                if normalize:  # rq is read before the next chunk writes it
-                    T.call_extern("handle", "gdn::wait_named", 3)
                 T.mbarrier_arrive(ring.ready[b])
                 T.mbarrier_arrive(ring.empty[s])
             spot.done[0] += n
@@ -162,6 +150,7 @@ def supplier(halves, stages, store, dtype, normalize, *, key_heads, heads):
                 T.tma_copy(given.gate[slot + c, spot.h, :], room.gs[s, :], barrier=ring.full[s])
                 if normalize:
                     T.tma_copy(given.rnorm[slot + c, hk, :], room.rs[s, :], barrier=ring.full[s])
+                    T.tma_copy(given.qnorm[slot + c, hk, :], room.qn[s, :], barrier=ring.full[s])
                 for half in range(halves):
                     T.tma_copy(
                         given.do[

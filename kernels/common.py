@@ -51,30 +51,6 @@ __device__ __forceinline__ void store_matrix_trans(void* tile, const void* regis
   asm volatile("stmatrix.sync.aligned.x4.trans.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                    shared_address(tile)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
-// Sum of squares of the 64 values that share 128 swizzled bytes with `p`. Threads begin at different
-// banks: they read rows 128 bytes apart.
-__device__ __forceinline__ float square_sum(const void* p, bool half) {
-  const uint4* row = (const uint4*)((size_t)p & ~(size_t)127);
-  float sum = 0;
-#pragma unroll 2
-  for (int i = 0; i < 8; ++i) {
-    const uint4 x = row[(i + threadIdx.x) & 7];
-    const unsigned w[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float a, b;
-      if (half) {
-        asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-            : "=f"(a), "=f"(b) : "r"(w[j]));
-      } else {
-        a = __uint_as_float(w[j] << 16);
-        b = __uint_as_float(w[j] & 0xffff0000u);
-      }
-      sum += a * a + b * b;
-    }
-  }
-  return sum;
-}
 // The last chunks of a segment over which the log2 gates sum to less than `limit`: out[0] chunks.
 // out[1] is 0 if there are such, 1 if the decay over all `count` stays above the limit. `last` is
 // the final chunk's gate; a warp takes 32 chunks at a time.

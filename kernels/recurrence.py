@@ -23,7 +23,8 @@ chain and no barrier between warpgroups. Roles in a CTA:
 A consumer alone on its multiprocessor issues U of the next chunk before P D of this one has
 ended, so that only the arithmetic between U and W finds the tensor cores idle.
 
-L2-normalised queries and keys are never written: 1/|k| and 1/|q| scale the gate vectors and P.
+L2-normalised queries and keys are never written: 1/|k| and 1/|q| (prepare.py, qnorm.py) scale the
+gate vectors and P.
 """
 
 import tilelang
@@ -64,7 +65,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     N0, NT, NR = T.dynamic("N0"), T.dynamic("NT"), T.dynamic("NR")
-    NI = T.dynamic("NI")
+    NI, NQ = T.dynamic("NI"), T.dynamic("NQ")
 
     @T.macro
     def leave(Ob, os_, staged, stored, c, tx):
@@ -89,7 +90,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
         if turns:
             T.call_extern("handle", "gdn::pass_turn", tx // 128)
 
-    make_products = auxiliary(stages=stages, ahead=ahead, normalize=normalize, dtype=dtype)
+    make_products = auxiliary(stages=stages, ahead=ahead, normalize=normalize)
     load = producer(stages=stages, halves=halves, normalize=normalize)
 
     @T.prim_func
@@ -100,6 +101,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
         a: T.Tensor((NC, Hv, C, C), dtype),
         gate: T.Tensor((NC, Hv, C), f32),
         rnorm: T.Tensor((NR, Hk, C), f32),
+        qnorm: T.Tensor((NQ, Hk, C), f32),
         cu: T.Tensor((N1,), i32),
         initial: T.Tensor((N0, Hv, K, value_dim), f32),
         incoming: T.Tensor((NI, Hv, K, value_dim), f32),
@@ -127,8 +129,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
             eq = T.alloc_shared((2, C), f32)
             es = T.alloc_shared((2,), f32)
             rs = T.alloc_shared((stages, C), f32) if normalize else None
-            rq = T.alloc_shared((2, C), f32) if normalize else None
-            square = T.alloc_local((1,), f32) if normalize else None
+            qn = T.alloc_shared((stages, C), f32) if normalize else None
 
             S = T.alloc_fragment((BV, K), f32)
             Sb = T.alloc_fragment((BV, K), dtype)
@@ -316,8 +317,8 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
                 if tx < movers:
                     T.set_max_nreg(registers[1], 0)
                     make_products(
-                        qs, ks, gs, rs, ps, ein, eout, eq, es, rq, square, P, Pb, D, full, empty,
-                        ready, spent, n, tx - workers, scale,
+                        qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, D, full, empty, ready,
+                        spent, n, tx - workers, scale,
                     )  # fmt: skip
                 else:
                     T.set_max_nreg(24, 0)
@@ -325,8 +326,8 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
                     if tx < movers + 32:
                         hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
                         load(
-                            q, k, v, a, gate, rnorm, qs, ks, vs, as_, gs, rs, full, empty, n, row,
-                            at, h, hk, tile * BV,
+                            q, k, v, a, gate, rnorm, qnorm, qs, ks, vs, as_, gs, rs, qn, full, empty,
+                            n, row, at, h, hk, tile * BV,
                         )  # fmt: skip
                     elif tx < movers + 64:
                         storer(os_, o, 0, row, full_chunks, h, tile * BV, staged, stored)

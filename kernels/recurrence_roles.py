@@ -12,21 +12,20 @@ import tilelang.language as T
 
 from .common import CHUNK, CHUNK_SLOT
 
-C, K, HALF = CHUNK, 128, 64
+C, HALF = CHUNK, 64
 
 
-def auxiliary(*, stages, ahead, normalize, dtype):
+def auxiliary(*, stages, ahead, normalize):
     """The loop of the auxiliary warpgroup, thread `t` of 128. `ahead`: registers suffice to hold the
     decay between two tokens while the product runs."""
     at_once = ahead or not normalize
-    f32 = "float32"
 
     @T.macro
-    def scale_pairs(X, rq, rs, b, s, scale):
+    def scale_pairs(X, qn, rs, s, scale):
         """The scale, the norms, and the mask, which comes after the arithmetic: branches there cost more than exps."""
         if normalize:
             for x, y in T.Parallel(C, C):
-                X[x, y] *= rq[b, x] * rs[s, y]
+                X[x, y] *= scale * qn[s, x] * rs[s, y]
         else:
             for x, y in T.Parallel(C, C):
                 X[x, y] *= scale
@@ -34,35 +33,25 @@ def auxiliary(*, stages, ahead, normalize, dtype):
             X[x, y] = T.if_then_else(x >= y, X[x, y], 0.0)
 
     @T.macro
-    def run(qs, ks, gs, rs, ps, ein, eout, eq, es, rq, square, P, Pb, D, full, empty, ready, spent,
-            n, t, scale):  # fmt: skip
+    def run(qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, D, full, empty, ready, spent, n, t,
+            scale):  # fmt: skip
         for c in T.serial(n):
             s = c % stages
             b = c % 2
             T.mbarrier_wait_parity(full[s], (c // stages) % 2)
             if at_once:
                 T.wgmma_gemm(qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True)
-            if normalize:
-                square[0] = T.call_extern(
-                    f32,
-                    "gdn::square_sum",
-                    T.access_ptr(qs[s, t // 2, t % 2 * (K // 2)], "r"),
-                    dtype == "float16",
-                )
-                square[0] += T.shfl_xor(square[0], 1)
-                rq[b, t // 2] = scale * T.rsqrt(square[0] + 1e-6)
-                T.call_extern("handle", "gdn::wait_named", 3)
             if ahead:  # while the product runs
                 for x, y in T.Parallel(C, C):
                     D[x, y] = T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                scale_pairs(D, rq, rs, b, s, scale)
+                scale_pairs(D, qn, rs, s, scale)
             T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
             if t < C:
                 G = gs[s, t]
                 if normalize:
                     ein[b, t] = T.exp2(G) * rs[s, t]
                     eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
-                    eq[b, t] = T.exp2(G) * rq[b, t]
+                    eq[b, t] = T.exp2(G) * (scale * qn[s, t])
                 else:
                     if t == C - 1:
                         es[b] = T.exp2(G)
@@ -78,12 +67,10 @@ def auxiliary(*, stages, ahead, normalize, dtype):
             else:
                 for x, y in T.Parallel(C, C):
                     P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                scale_pairs(P, rq, rs, b, s, scale)
+                scale_pairs(P, qn, rs, s, scale)
             T.copy(P, Pb)
             T.copy(Pb, ps[b * C : (b + 1) * C, :])
             T.fence_proxy_async()
-            if normalize:  # rq is read before the next chunk writes it
-                T.call_extern("handle", "gdn::wait_named", 3)
             T.mbarrier_arrive(ready[b])
             T.mbarrier_arrive(empty[s])
 
@@ -94,17 +81,18 @@ def producer(*, stages, halves, normalize):
     """The loop of the warp that loads."""
 
     @T.macro
-    def run(q, k, v, a, gate, rnorm, qs, ks, vs, as_, gs, rs, full, empty, n, row, at, h, hk,
-            column):  # fmt: skip
+    def run(q, k, v, a, gate, rnorm, qnorm, qs, ks, vs, as_, gs, rs, qn, full, empty, n, row, at, h,
+            hk, column):  # fmt: skip
         for c in T.serial(n):
             s = c % stages
             r0 = row + c * C
             T.mbarrier_wait_parity(empty[s], (c // stages) % 2 ^ 1)
+            if normalize:
+                T.tma_copy(rnorm[at[CHUNK_SLOT] + c, hk, :], rs[s, :], barrier=full[s])
+                T.tma_copy(qnorm[at[CHUNK_SLOT] + c, hk, :], qn[s, :], barrier=full[s])
             T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
             T.tma_copy(q[r0 : r0 + C, hk, :], qs[s, :, :], barrier=full[s])
             T.tma_copy(gate[at[CHUNK_SLOT] + c, h, :], gs[s, :], barrier=full[s])
-            if normalize:
-                T.tma_copy(rnorm[at[CHUNK_SLOT] + c, hk, :], rs[s, :], barrier=full[s])
             T.tma_copy(a[at[CHUNK_SLOT] + c, h, :, :], as_[s, :, :], barrier=full[s])
             for half in range(halves):
                 T.tma_copy(

@@ -20,6 +20,7 @@ from .conv_backward import conv_backward
 from .gates import gates_backward, gates_forward
 from .norm import norm_backward, norm_forward
 from .prepare import prepare
+from .qnorm import query_norms
 from .recurrence import recurrence
 from .reverse_scan import reverse_scan
 from .scan import scan
@@ -27,6 +28,7 @@ from .summary import summary
 
 KERNELS = {
     "prepare": prepare,
+    "query_norms": query_norms,
     "summary": summary,
     "scan": scan,
     "recurrence": recurrence,
@@ -101,6 +103,8 @@ def variants(
     for entering in (False, True):
         yield Variant("reverse_scan", {"entering": entering})
     yield from surroundings(key_heads, value_heads, dtype, key_dim, value_dim)
+    if True in normalize:
+        yield Variant("query_norms", {"dtype": dtype})
     for norm in normalize:
         common = {"dtype": dtype, "normalize": norm}
         chain = {"beta_dtype": beta_dtype, **common}

@@ -93,6 +93,10 @@ def fake_leaving_state(call, *, incoming):
     return final[-call.right :]
 
 
+def fake_norm_queries(call, q):
+    assert q.shape == call.k.shape
+
+
 def fake_close_forward(call, q, *, incoming, scale, output_final_state):
     assert (incoming is None) == (call.left == 0)
     h0 = call.states(call.h0, slice(0, call.left), incoming)
@@ -100,7 +104,7 @@ def fake_close_forward(call, q, *, incoming, scale, output_final_state):
     nothing = torch.zeros(0)
     cu = torch.zeros(0, dtype=torch.int32) if call.cu is None else call.cu
     saved = forward_kernels.Saved(
-        nothing, nothing, nothing, nothing, cu, nothing, nothing, plan="plan"
+        nothing, nothing, nothing, nothing, nothing, cu, nothing, nothing, plan="plan"
     )
     return o, final if output_final_state else None, saved
 
@@ -165,6 +169,7 @@ def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fak
             open_forward=fake_open_forward,
             leaving_summary=fake_leaving_summary,
             leaving_state=leaving_state,
+            norm_queries=fake_norm_queries,
             close_forward=fake_close_forward,
         ),
         patch.multiple(
