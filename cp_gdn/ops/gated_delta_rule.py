@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import boundary, comm
 from ..context import CPContext, build_cp_context, debug_enabled
-from . import chunked, hopper
+from . import chunked, head_dims, hopper
 from .engines import use_kernels
 from .reference import l2_normalize
 from .sharded import documents, ends, sharded_backward, sharded_forward
@@ -57,8 +57,8 @@ def chunk_gated_delta_rule(
         cu_seqlens: document offsets of packed sequences [N + 1], B = 1; read on the host. Leave it out with a
             ``cp_context``, which carries them.
         cp_context: from :func:`cp_gdn.build_cp_context`; every rank of its group must call, and backpropagate.
-        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K = V = 128), or "auto": tilelang where it can,
-            else torch.
+        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K up to 128; what other heads than K = V = 128
+            cost is in docs/kernels.md), or "auto": tilelang where it can, else torch.
 
     Returns:
         o [B, T, Hv, V] in the dtype of v, and the final states (fp32; fp64 with fp64 inputs) or None.
@@ -79,11 +79,14 @@ def chunk_gated_delta_rule(
     call = context.calls.get(kind)
     if call is None:
         _check_shapes(q, k, v, g, beta, initial_state, context)
+        picked, dims = _pick_engine(engine, q), (q.shape[3], v.shape[3])
+        fits = picked == "torch" or dims == (head_dims.DIM, head_dims.DIM)
         call = context.calls[kind] = _Call(
-            _pick_engine(engine, q, v),
+            picked,
             float(q.shape[-1] ** -0.5 if scale is None else scale),
             use_qk_l2norm_in_kernel,
             output_final_state,
+            None if fits else dims,
         )
     if debug_enabled():
         _check_values(g, beta, initial_state, context)
@@ -91,8 +94,10 @@ def chunk_gated_delta_rule(
         dtype = chunked.compute_dtype(q.dtype)
         with _no_autocast(q.device.type):
             q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
+    if call.dims is not None:
+        q, k, v, g, beta, initial_state = head_dims.fit(q, k, v, g, beta, initial_state)
     o, final = _GatedDeltaRule.apply(call, context, initial_state, q, k, v, g, beta)
-    return o, final
+    return (o, final) if call.dims is None else head_dims.restore(o, final, *call.dims)
 
 
 class _Call(NamedTuple):
@@ -102,6 +107,7 @@ class _Call(NamedTuple):
     scale: float
     normalize: bool
     output_final_state: bool
+    dims: tuple[int, int] | None  # K and V that the kernels' heads stand for, if they are others
 
     def run(
         self, inputs: Sequence[Tensor], context: CPContext
@@ -256,8 +262,8 @@ def _check_values(
         raise ValueError("; ".join(found))
 
 
-def _pick_engine(engine: str, q: Tensor, v: Tensor) -> str:
-    obstacle = None if engine == "torch" else hopper.obstacle(q, v)
+def _pick_engine(engine: str, q: Tensor) -> str:
+    obstacle = None if engine == "torch" else hopper.obstacle(q)
     picked = "tilelang" if use_kernels(engine, obstacle) else "torch"
     if engine == "auto":
         _announce(picked, q.device.type, obstacle)

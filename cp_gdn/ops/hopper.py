@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..context import CPContext
 from ..scan import Summary
-from . import engines
+from . import engines, head_dims
 from .chunked import Gradients
 
 
@@ -26,11 +26,11 @@ def _stages() -> tuple[ModuleType, ModuleType]:
     return forward, backward
 
 
-def obstacle(q: Tensor, v: Tensor) -> str | None:
+def obstacle(q: Tensor) -> str | None:
     """Why the kernels cannot take this call, or None if they can."""
     reason = engines.obstacle(q)
-    if reason is None and (q.shape[3] != 128 or v.shape[3] != 128):
-        return f"it takes K = V = 128, not K = {q.shape[3]}, V = {v.shape[3]}"
+    if reason is None and q.shape[3] > head_dims.DIM:
+        return f"it takes key heads of up to {head_dims.DIM} columns, not K = {q.shape[3]}"
     return reason
 
 
