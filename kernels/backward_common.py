@@ -6,7 +6,7 @@ one panel after the other, so that a warpgroup writes and sends its own without 
 
 import tilelang.language as T
 
-from .common import MATRIX_COPIES
+from .common import CHUNK, MATRIX_COPIES
 
 SOURCE = (
     MATRIX_COPIES
@@ -75,3 +75,18 @@ def send_state(ss, states, slot, h, column, w):
     """The panels of warpgroup `w` -> states[slot, h], [V, K], rows from `column` on."""
     T.tma_copy(ss[w * 128 : w * 128 + 64, :], states[slot, h, column : column + 64, 0:64])
     T.tma_copy(ss[w * 128 + 64 : w * 128 + 128, :], states[slot, h, column : column + 64, 64:128])
+
+
+@T.macro
+def send_rows(os_, rows, at, end, h, column, w, tx, threads):
+    """The panel of warpgroup `w` -> rows[at : end, h], by so many threads if a document ends in it."""
+    if at + CHUNK <= end:
+        T.tma_copy(
+            os_[w * CHUNK : w * CHUNK + CHUNK, :], rows[at : at + CHUNK, h, column : column + 64]
+        )
+    else:
+        for x in T.serial(CHUNK * 8 // threads):
+            r = x * (threads // 8) + tx % threads // 8
+            if at + r < end:
+                for y in T.vectorized(8):
+                    rows[at + r, h, column + tx % 8 * 8 + y] = os_[w * CHUNK + r, tx % 8 * 8 + y]

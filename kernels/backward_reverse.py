@@ -6,8 +6,8 @@ with G the cumulative log gate of a chunk, gamma = exp(G), r = exp(G_C - G), `a`
 P_ij = scale exp(G_i - G_j) q_i k_j, j <= i. One CTA a (segment, value head, 64 value columns a
 warpgroup); dS is kept transposed in a warpgroup's accumulators (recurrence.py), P comes from an
 auxiliary warpgroup (backward_supplier.py). P and dO of rows past the end of a document are masked. What
-rounding took from the diagonal of `a` is added in fp32 (backward_replay.py). With one warpgroup a CTA,
-which has the registers, P^T dO of the next chunk runs with this one's last product (`ahead`).
+rounding took from the diagonal of `a` is added in fp32 (backward_replay.py). What a chain does with a
+chunk is in backward_chain.py, for one that is alone in its CTA and for one of two.
 
     store = True    the main pass, from the gradients of the states that leave the segments
                     (reverse_scan.py) and of the final ones: dV, the dS that leaves every chunk, dh0.
@@ -24,21 +24,20 @@ import tilelang
 import tilelang.language as T
 
 from .backward_blocks import CHUNKS, COUNTS, FIRST, Spot, walks
-from .backward_common import SOURCE, send_state, stage_rows, stage_state
+from .backward_chain import Held, Out, Panels, alone, one_of_two
+from .backward_common import SOURCE
 from .backward_supplier import Given, Ring, Room, supplier
 from .common import (
     CHUNK,
     CHUNK_SLOT,
     COUNT,
     DOC,
-    END,
     FLAGS,
     LAST,
     PART,
     ROW,
     TARGET,
     accumulator_layout,
-    load_transposed,
     transposed_layout,
 )  # fmt: skip
 
@@ -48,62 +47,18 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
     C, K, V, HALF = CHUNK, 128, 128, 64
     BV, workers = HALF * halves, 128 * halves
     stages = 3 if not store or halves == 1 else 2
-    ahead = halves == 1  # there are registers for it
     f32, i32 = "float32", "int32"
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("parts")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     ND, NF, NR, NO = T.dynamic("ND"), T.dynamic("NF"), T.dynamic("NR"), T.dynamic("chunks")
     NB, NQ = T.dynamic("NB"), T.dynamic("NQ")
     find_block, find_walk = walks(store=store, heads=Hv)
-    make_pairs, load = supplier(halves, stages, store, normalize, key_heads=Hk, heads=Hv)
+    make_pairs, load, send = supplier(halves, stages, store, normalize, key_heads=Hk, heads=Hv)
 
-    def product(x, y):
-        """Not fused with the sum that follows: there is a wait in between where halves == 2."""
-        return T.call_extern(f32, "__fmul_rn", x, y)
-
-    @T.macro
-    def send_rows(os_, dv, at, end, h, column, w, tx):
-        if at + C <= end:
-            T.tma_copy(os_[w * C : w * C + C, :], dv[at : at + C, h, column : column + HALF])
-        else:
-            for x in T.serial(C // 16):
-                r = x * 16 + tx % 128 // 8
-                if at + r < end:
-                    for y in T.vectorized(8):
-                        dv[at + r, h, column + tx % 8 * 8 + y] = os_[w * C + r, tx % 8 * 8 + y]
-
-    @T.macro
-    def send(ss, os_, dleaving, dv, slot, row, rows, end, h, column, tx):
-        """A warpgroup's half of a state, and of the rows before it if there are."""
-        if tx < 128:
-            send_state(ss, dleaving, slot, h, column, 0)
-            if rows > 0:
-                send_rows(os_, dv, row, end, h, column, 0, tx)
-        else:
-            send_state(ss, dleaving, slot, h, column + BV - HALF, halves - 1)
-            if rows > 0:
-                send_rows(os_, dv, row, end, h, column + BV - HALF, halves - 1, tx)
-
-    @T.macro
-    def take_rows(xs, Xf, Xa, full, ready, j, tx):
-        """dO of a CTA's j-th chunk into registers, until its P is there, too."""
-        if ahead:
-            T.mbarrier_wait_parity(full[j % stages], (j // stages) % 2)
-        load_transposed(xs, (j % stages * halves + tx // 128) * C, Xf, tx)
-        for x, y in T.Parallel(BV, C):
-            Xa[x, y] = Xf[y, x]
-        T.mbarrier_wait_parity(ready[j % 2], (j // 2) % 2)
-
-    @T.macro
-    def multiply_rows(Xa, ps, W, j):
-        """W = dO^T P."""
-        T.wgmma_gemm(
-            Xa,
-            ps[j % 2 * C : (j % 2 + 1) * C, :],
-            W,
-            clear_accum=True,
-            policy=T.GemmWarpPolicy.FullRow,
-        )
+    if halves == 1:
+        begin, step = alone(stages, store)
+    else:
+        step, finish = one_of_two(stages, store)
 
     @T.prim_func
     def main(
@@ -156,8 +111,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             Xa = T.alloc_fragment((BV, C), dtype)
             Xb = T.alloc_fragment((BV, C), dtype)
             Xf = T.alloc_fragment((C, BV), dtype)
-            E = T.alloc_fragment((BV, C), f32)
-            F = T.alloc_fragment((BV, C), f32)
+            factors = [T.alloc_fragment((BV, C), f32) for _ in range(4)]
             P = T.alloc_fragment((C, C), f32)
             Pb = T.alloc_fragment((C, C), dtype)
             layouts = {
@@ -165,25 +119,31 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                 xs: tilelang.layout.make_swizzled_layout(xs),
                 ps: tilelang.layout.make_swizzled_layout(ps),
             }
+            Sf = T.alloc_fragment((BV, K), dtype)
+            Of = T.alloc_fragment((C, BV), dtype)
+            panels = Panels()
             if store:
-                Sf = T.alloc_fragment((BV, K), dtype)
-                Of = T.alloc_fragment((C, BV), dtype)
                 ss = T.alloc_shared((halves * 2 * HALF, HALF), dtype)
                 os_ = T.alloc_shared((halves * C, HALF), dtype)
                 layouts[Sf] = accumulator_layout(Sf)
                 layouts[Of] = transposed_layout(Of)
                 layouts[os_] = tilelang.layout.make_swizzled_layout(os_)
+                panels = Panels(ss, os_)
                 layouts[ss] = tilelang.layout.make_swizzled_layout(ss)
             T.annotate_layout(layouts)
             full = T.alloc_barrier([32] * stages)
             empty = T.alloc_barrier([workers + 128] * stages)
             ready = T.alloc_barrier([128] * 2)
             spent = T.alloc_barrier([workers] * 2)
+            if halves == 1:
+                staged = T.alloc_barrier([workers] * 2)
+                stored = T.alloc_barrier([32] * 2)
             tx = T.get_thread_binding()
 
             at = T.alloc_local((7,), i32)
             walk = T.alloc_local((3,), i32)
             done = T.alloc_local((1,), i32)  # chunks so far
+            decay = T.alloc_local((1,), f32)
             span = T.alloc_local((2,), i32)  # segments of the block
 
             given = Given(q, k, do, a, gate, rnorm, qnorm, beta, cu)
@@ -191,6 +151,10 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             if normalize:
                 room = room._replace(rs=rs, qn=qn)
             ring = Ring(full, empty, ready, spent)
+            if halves == 1:
+                ring = ring._replace(staged=staged, stored=stored)
+            held = Held(S, Sb, Sf, U, Ub, W, Wd, Xf, Xa, Xb, Of, decay, *factors)
+            out = Out(dleaving, dv)
             spot = Spot(tile, h, z, width, first, segment, bits, truncate, open_left, NO, NS, N1, at,
                         walk, done, span)  # fmt: skip
 
@@ -216,113 +180,29 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         if n > 0:
                             for x, y in T.Parallel(BV, K):
                                 S[x, y] = dstates[part, h, y, tile * BV + x]
-                    if ahead:
+                    if halves == 1:
                         if n > 0:
-                            take_rows(xs, Xf, Xa, full, ready, done[0], tx)
-                            multiply_rows(Xa, ps, W, done[0])
-                    for i in T.serial(n):
-                        c = n - 1 - i
-                        s = (done[0] + i) % stages
-                        b = (done[0] + i) % 2
-                        if not ahead:
-                            T.mbarrier_wait_parity(full[s], ((done[0] + i) // stages) % 2)
-                        decay = T.exp2(gs[s, C - 1])
-                        T.copy(S, Sb)
-                        if store:
-                            T.copy(S, Sf)
-                        if not ahead:
-                            for x, y in T.Parallel(BV, K):
-                                S[x, y] *= decay
-                        T.wgmma_gemm(
-                            Sb,
-                            ks[s, :, :],
-                            U,
-                            transpose_B=True,
-                            clear_accum=True,
-                            policy=T.GemmWarpPolicy.FullRow,
-                        )
-                        if ahead:
-                            for x, y in T.Parallel(BV, K):
-                                S[x, y] *= decay
-                        if store:
-                            T.tma_store_wait()
-                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                            stage_state(Sf, ss, tx)
-                            if i > 0:
-                                stage_rows(Of, os_, tx)
-                            T.call_extern("handle", "gdn::fence_shared")
-                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                            send(ss, os_, dleaving, dv, slot - first + c, row + (c + 1) * C, i, at[END],
-                                 h, tile * BV, tx)  # fmt: skip
-                        if ahead:
-                            for x, y in T.Parallel(BV, C):
-                                Xb[x, y] = Xf[y, x] * eq[b, y]
-                            for x, y in T.Parallel(BV, C):
-                                E[x, y] = eout[b, y]
-                            T.wait_wgmma(0)
-                            for x, y in T.Parallel(BV, C):
-                                U[x, y] = product(U[x, y], E[x, y])
-                        else:
-                            take_rows(xs, Xf, Xa, full, ready, done[0] + i, tx)
-                            multiply_rows(Xa, ps, W, done[0] + i)
-                            T.wait_wgmma(1)
-                            for x, y in T.Parallel(BV, C):
-                                U[x, y] *= eout[b, y]
-                            T.wait_wgmma(0)
-                        for x, y in T.Parallel(BV, C):
-                            Ub[x, y] = U[x, y] + W[x, y]
-                        T.wgmma_gemm(
-                            Ub, as_[s, :, :], U, clear_accum=True, policy=T.GemmWarpPolicy.FullRow
-                        )
-                        if not ahead:
-                            for x, y in T.Parallel(BV, C):
-                                Xb[x, y] = Xf[y, x] * eq[b, y]
-                        T.wgmma_gemm(Xb, qs[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
-                        if ahead:
-                            for x, y in T.Parallel(BV, C):
-                                E[x, y] = lost[b, y]
-                            for x, y in T.Parallel(BV, C):
-                                F[x, y] = ein[b, y]
-                            T.wait_wgmma(1)
-                            for x, y in T.Parallel(BV, C):
-                                U[x, y] += Ub[x, y] * E[x, y]
-                            for x, y in T.Parallel(BV, C):
-                                Wd[x, y] = U[x, y] * F[x, y]
-                        else:
-                            T.wait_wgmma(1)
-                            for x, y in T.Parallel(BV, C):
-                                U[x, y] += Ub[x, y] * lost[b, y]
-                            for x, y in T.Parallel(BV, C):
-                                Wd[x, y] = U[x, y] * ein[b, y]
-                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
-                        if store:
-                            for x, y in T.Parallel(BV, C):
-                                Of[y, x] = U[x, y]
-                        if ahead:  # the next chunk's P^T dO needs no state; after the last, this one's again
-                            following = done[0] + T.min(i + 1, n - 1)
-                            take_rows(xs, Xf, Xa, full, ready, following, tx)
-                            multiply_rows(Xa, ps, W, following)
-                            T.wait_wgmma(1)
-                        else:
-                            T.wait_wgmma(0)
-                        T.mbarrier_arrive(empty[s])
-                        T.mbarrier_arrive(spent[b])
-                    if ahead:
+                            begin(held, room, ring, done[0], tx)
+                        for i in T.serial(n):
+                            step(
+                                held,
+                                room,
+                                ring,
+                                panels,
+                                done[0] + i,
+                                done[0] + T.min(i + 1, n - 1),
+                                tx,
+                            )
                         T.wait_wgmma(0)
+                    else:
+                        for i in T.serial(n):
+                            c = n - 1 - i
+                            step(held, room, ring, panels, out, spot, done[0] + i, i, slot - first + c,
+                                 row + (c + 1) * C, tx)  # fmt: skip
+                        if store:
+                            if n > 0:
+                                finish(held, panels, out, spot, row, tx)
                     if store:
-                        if n > 0:
-                            T.tma_store_wait()
-                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                            stage_rows(Of, os_, tx)
-                            T.call_extern("handle", "gdn::fence_shared")
-                            T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                            if tx < 128:
-                                send_rows(os_, dv, row, at[END], h, tile * BV, 0, tx)
-                            else:
-                                send_rows(
-                                    os_, dv, row, at[END], h, tile * BV + BV - HALF, halves - 1, tx
-                                )
-                            T.tma_store_wait()
                         if walk[FIRST] > 0:
                             if n > 0:
                                 for x, y in T.Parallel(BV, K):
@@ -342,8 +222,11 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                     t = tx - workers
                     make_pairs(given, room, ring, spot, scale, t)
                 else:
-                    T.set_max_nreg(24, 0)
+                    T.set_max_nreg(24 if halves == 2 else 40, 0)
                     if tx < workers + 160:
                         load(given, room, ring, spot)
+                    elif tx < workers + 192:
+                        if halves == 1 and store:
+                            send(given, ring, spot, panels, out, tx)
 
     return main

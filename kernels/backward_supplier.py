@@ -1,9 +1,10 @@
-"""What the warpgroups of the dS chain (backward_reverse.py) live on, two roles of its auxiliary warps.
+"""What serves the warpgroups of the dS chain (backward_reverse.py), roles of its auxiliary warps.
 
     make_pairs    P_ij = scale exp(G_i - G_j) q_i k_j, j <= i, and the factors of a chunk's rows
     load          a chunk's q, k, dO, `a` and gates into shared memory
+    send          dS and dV out of it, where a chain is alone in its CTA
 
-Both walk the chunks that the chain walks, a few ahead of it.
+All walk the chunks that the chain walks, a few ahead of it.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 from .backward_blocks import CHUNKS, FIRST, walks
+from .backward_common import send_rows, send_state
 from .common import CHUNK, CHUNK_SLOT, END, ROW
 
 
@@ -54,31 +56,46 @@ class Ring(NamedTuple):
     empty: Any
     ready: Any
     spent: Any
+    staged: Any = None  # a chain's dS and dV, where a warp sends them
+    stored: Any = None
 
 
 def supplier(halves, stages, store, normalize, *, key_heads, heads):
-    """The macros `make_pairs` and `load`."""
+    """The macros `make_pairs`, `load` and `send`."""
     C, HALF, f32 = CHUNK, 64, "float32"
     BV = HALF * halves
     find_block, find_walk = walks(store=store, heads=heads)
 
     @T.macro
+    def fetch(given, spot, row, c, beta, x, t):
+        """beta[x] <- beta of a chunk's t-th row."""
+        beta[x] = 0.0
+        if t < T.min(spot.at[END] - row - c * C, C):
+            beta[x] = T.cast(given.beta[row + c * C + t, spot.h], f32)
+
+    @T.macro
     def make_pairs(given, room, ring, spot, scale, t):
-        diagonal = T.alloc_local((1,), f32)
+        diagonal = T.alloc_local((3 - halves,), f32)  # beta, of the next chunk, too
         find_block(given.cu, spot)
         for turn in T.serial(T.ceildiv(spot.span[1] + 1 - spot.span[0] - spot.z, spot.width)):
             part = spot.span[0] + spot.z + turn * spot.width
             find_walk(given, part, spot)
             n = spot.walk[CHUNKS]
             row = spot.at[ROW] + spot.walk[FIRST] * C
+            if halves == 1:
+                if n > 0:
+                    fetch(given, spot, row, n - 1, diagonal, 1, t)
             for i in T.serial(n):
                 c = n - 1 - i
                 s = (spot.done[0] + i) % stages
                 b = (spot.done[0] + i) % 2
                 valid = spot.at[END] - row - c * C
-                diagonal[0] = 0.0
-                if t < T.min(valid, C):
-                    diagonal[0] = T.cast(given.beta[row + c * C + t, spot.h], f32)
+                if halves == 1:
+                    diagonal[0] = diagonal[1]
+                    if i + 1 < n:
+                        fetch(given, spot, row, c - 1, diagonal, 1, t)
+                else:
+                    fetch(given, spot, row, c, diagonal, 0, t)
                 T.mbarrier_wait_parity(ring.full[s], ((spot.done[0] + i) // stages) % 2)
                 if halves == 1:  # there are registers for it
                     T.wgmma_gemm(
@@ -165,4 +182,31 @@ def supplier(halves, stages, store, normalize, *, key_heads, heads):
                 T.mbarrier_arrive(ring.full[s])
             spot.done[0] += n
 
-    return make_pairs, load
+    @T.macro
+    def send(given, ring, spot, panels, out, tx):
+        """What the chain of a CTA leaves. The fence stands here, between the barrier and the copies: a chain
+        would wait at it for what it wrote behind its products."""
+        find_block(given.cu, spot)
+        for turn in T.serial(T.ceildiv(spot.span[1] + 1 - spot.span[0] - spot.z, spot.width)):
+            part = spot.span[0] + spot.z + turn * spot.width
+            find_walk(given, part, spot)
+            n = spot.walk[CHUNKS]
+            row = spot.at[ROW] + spot.walk[FIRST] * C
+            slot = spot.at[CHUNK_SLOT] + spot.walk[FIRST] - spot.first
+            for i in T.serial(n):
+                c = n - 1 - i
+                T.mbarrier_wait_parity(ring.staged[0], (spot.done[0] + i) % 2)
+                T.call_extern("handle", "gdn::fence_shared")
+                send_state(panels.ss, out.dleaving, slot + c, spot.h, spot.tile * BV, 0)
+                T.tma_store_wait()
+                T.mbarrier_arrive(ring.stored[0])
+                T.mbarrier_wait_parity(ring.staged[1], (spot.done[0] + i) % 2)
+                T.call_extern("handle", "gdn::fence_shared")
+                send_rows(
+                    panels.os_, out.dv, row + c * C, spot.at[END], spot.h, spot.tile * BV, 0, tx, 32
+                )
+                T.tma_store_wait()
+                T.mbarrier_arrive(ring.stored[1])
+            spot.done[0] += n
+
+    return make_pairs, load, send
