@@ -227,17 +227,19 @@ __device__ __forceinline__ void store_dots(const float* f, float* dots) {
 // project[64], project[128..]: <dq, q> and <dk, k> over this warpgroup's columns.
 template <bool HALF>
 __device__ __forceinline__ void project_rows(const float* q, const float* k, const void* queries,
-                                             const void* keys, float* project) {
+                                             const void* keys, unsigned* words, float* project) {
   const int warp = (int)(threadIdx.x >> 5 & 3);
   float d[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
-    unsigned x[4], y[4];
-    load_matrices(matrices_at(address(queries), warp, t), x);
-    load_matrices(matrices_at(address(keys), warp, t), y);
+    load_matrices(matrices_at(address(queries), warp, t), words + 8 * t);
+    load_matrices(matrices_at(address(keys), warp, t), words + 8 * t + 4);
+  }
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 u = unpack<HALF>(x[i]), v = unpack<HALF>(y[i]);
+      const float2 u = unpack<HALF>(words[8 * t + i]), v = unpack<HALF>(words[8 * t + 4 + i]);
       const int j = 8 * t + 2 * i;
       d[i & 1] += q[j] * u.x + q[j + 1] * u.y;
       d[2 + (i & 1)] += k[j] * v.x + k[j + 1] * v.y;
@@ -249,8 +251,8 @@ __device__ __forceinline__ void project_rows(const float* q, const float* k, con
 }
 // dq -= q <q, dq> / |q|^2 and the same for k, from both warpgroups' dots.
 template <bool HALF>
-__device__ __forceinline__ void subtract_rows(float* q, float* k, const void* queries,
-                                              const void* keys, const float* project,
+__device__ __forceinline__ void subtract_rows(float* q, float* k, const unsigned* words,
+                                              const float* project,
                                               const float* logs, float scale) {
   const int warp = (int)(threadIdx.x >> 5 & 3), r = warp * 16 + (threadIdx.x >> 2 & 7);
   float f[4];
@@ -262,12 +264,9 @@ __device__ __forceinline__ void subtract_rows(float* q, float* k, const void* qu
   }
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
-    unsigned x[4], y[4];
-    load_matrices(matrices_at(address(queries), warp, t), x);
-    load_matrices(matrices_at(address(keys), warp, t), y);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 u = unpack<HALF>(x[i]), v = unpack<HALF>(y[i]);
+      const float2 u = unpack<HALF>(words[8 * t + i]), v = unpack<HALF>(words[8 * t + 4 + i]);
       const int j = 8 * t + 2 * i;
       q[j] -= f[i & 1] * u.x;
       q[j + 1] -= f[i & 1] * u.y;
@@ -276,10 +275,11 @@ __device__ __forceinline__ void subtract_rows(float* q, float* k, const void* qu
     }
   }
 }
-// Of a warpgroup's 64 norms, log2 |scale| / |q| or log2 1 / |k|.
+// norms: of a chunk's q, then k. logs: log2 of |scale| / |q|, then 1 / |k|; each warpgroup's own.
 __device__ __forceinline__ void take_logs(const float* norms, float* logs, int w, float scale) {
   const int t = threadIdx.x & 127;
-  if (t < 64) logs[t] = __log2f(norms[t]) + (w ? 0.f : __log2f(fabsf(scale)));
+  logs[t] = __log2f(norms[t]) + (t < 64 ? __log2f(fabsf(scale)) : 0.f);
+  asm volatile("bar.sync %0, 128;" ::"r"(2 + w) : "memory");
 }
 // A warpgroup's accumulators into a panel.
 template <bool HALF>

@@ -30,8 +30,8 @@ class Room(NamedTuple):
     Ds: Any
     ms: Any  # dP, N + N^T
     gs: Any
-    norms: Any  # 1 / |q|, 1 / |k|
-    logs: Any
+    norms: Any  # [stage, 1 / |q| and 1 / |k|]
+    logs: Any  # [item, warpgroup], of norms
     project: Any
     sums: Any  # rows, columns of 4 warps, dots, ends
     traces: Any
@@ -65,19 +65,10 @@ def consumer(*, ratio, dtype, normalize):
     INTER = f"product<{half}, 0, 1, 8, 1, true>"  # [C, V] times a state's [V, 64]
 
     @T.macro
-    def multiply_keys(w, room, ring, QK, scale, count):
+    def multiply_keys(w, room, ring, QK, count):
         T.mbarrier_wait_parity(ring.fullQ[0], count[0] % 2)
         call(PAIR, QK.data, tile(room.qk, 2 * w), tile(room.qk, 2))
         call("commit_products")
-        if normalize:
-            call(
-                "take_logs",
-                T.access_ptr(room.norms[w, 0], "r"),
-                T.access_ptr(room.logs[w * 64], "w"),
-                w,
-                scale,
-            )
-            call("meet", 1)
         call("wait_products<0>")
         call("settle", QK.data)
         call("drop_diagonal", QK.data)
@@ -94,6 +85,7 @@ def consumer(*, ratio, dtype, normalize):
         rows = T.alloc_local((12,), f32)
         packed = T.alloc_local((16,), "uint32")
         words = T.alloc_local((8,), "uint32")
+        kept = T.alloc_local((32,), "uint32")
         at[3] = 1
         # the first head's pair matrix: every head makes the next one's
         T.mbarrier_wait_parity(ring.fullX[0], 0)
@@ -108,8 +100,14 @@ def consumer(*, ratio, dtype, normalize):
             if valid > 0:
                 call("clear", Aq.data)
                 call("clear", Ak.data)
-                if normalize:
-                    multiply_keys(w, room, ring, QK, scale, count)
+                if normalize:  # those of the last item may still be read
+                    call(
+                        "take_logs",
+                        T.access_ptr(room.norms[count[0] * R % 2, 0, 0], "r"),
+                        T.access_ptr(room.logs[count[0] % 2, w, 0], "w"),
+                        w,
+                        scale,
+                    )
                 for g in T.serial(R):
                     group[2] = T.call_extern(i32, "gdn::uniform", count[0] * R + g)
                     hc = group[2]
@@ -119,7 +117,7 @@ def consumer(*, ratio, dtype, normalize):
                         f"pair_matrix<{half}, {norm}>",
                         M.data,
                         T.access_ptr(room.gs[s, 0], "r"),
-                        T.access_ptr(room.logs[0], "r"),
+                        T.access_ptr(room.logs[count[0] % 2, w, 0], "r"),
                         T.access_ptr(room.diagonal[s, 0], "w"),
                         packed.data,
                         w,
@@ -131,9 +129,8 @@ def consumer(*, ratio, dtype, normalize):
                     call("store_pairs", packed.data, tile(room.ms, 0), w, group[1])
                     if tx % 32 == 0:
                         T.mbarrier_arrive(ring.fullM[0])
-                    if not normalize:
-                        if g == 0:
-                            multiply_keys(w, room, ring, QK, scale, count)
+                    if g == 0:
+                        multiply_keys(w, room, ring, QK, count)
                     T.mbarrier_wait_parity(ring.fullS[w], hc % 2)
                     call(INTER, Iq.data, tile(room.xs, s * 3), tile(room.Ss, w))
                     call("commit_products")
@@ -176,7 +173,7 @@ def consumer(*, ratio, dtype, normalize):
                         f"row_factors<{norm}>",
                         rows.data,
                         T.access_ptr(room.gs[s, 0], "r"),
-                        T.access_ptr(room.logs[0], "r"),
+                        T.access_ptr(room.logs[count[0] % 2, w, 0], "r"),
                         T.access_ptr(room.traces[s, 64], "w"),
                         scale,
                     )
@@ -239,6 +236,7 @@ def consumer(*, ratio, dtype, normalize):
                         Ak.data,
                         tile(room.qk, w),
                         tile(room.qk, 2 + w),
+                        kept.data,
                         T.access_ptr(room.project[w, 0], "w"),
                     )
                     call("meet", 1)
@@ -246,10 +244,9 @@ def consumer(*, ratio, dtype, normalize):
                         f"subtract_rows<{half}>",
                         Aq.data,
                         Ak.data,
-                        tile(room.qk, w),
-                        tile(room.qk, 2 + w),
+                        kept.data,
                         T.access_ptr(room.project[0, 0], "r"),
-                        T.access_ptr(room.logs[0], "r"),
+                        T.access_ptr(room.logs[count[0] % 2, w, 0], "r"),
                         scale,
                     )
                 # both warpgroups' products with q and k are through: their place is that of dq and dk

@@ -60,7 +60,9 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         at[3] = cu[doc[0] + 1] - at[2]
 
     @T.macro
-    def load_heads(room, ring, q, k, do, vd, dv, entering, dleaving, gate, at, count, lane):
+    def load_heads(
+        room, ring, q, k, do, vd, dv, entering, dleaving, gate, qnorm, rnorm, at, count, lane
+    ):
         for g in T.serial(R):
             hc = count[0] * R + g
             s = hc % 2
@@ -82,6 +84,9 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                 )
             T.tma_copy(vd[at[0], h, :, :], room.xs[s * 3 + 2, :, :], barrier=ring.fullX[s])
             T.tma_copy(gate[at[0], h, :], room.gs[s, :], barrier=ring.fullX[s])
+            if normalize:
+                T.tma_copy(qnorm[at[0], at[1], :], room.norms[s, 0, :], barrier=ring.fullX[s])
+                T.tma_copy(rnorm[at[0], at[1], :], room.norms[s, 1, :], barrier=ring.fullX[s])
             if lane == 0:
                 room.left[s] = at[3]
             T.mbarrier_arrive(ring.fullX[s])
@@ -99,7 +104,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                     T.mbarrier_arrive(full[w])
 
     @T.macro
-    def move_item(room, ring, q, k, rnorm, qnorm, dq, dk, at, count):
+    def move_item(room, ring, q, k, dq, dk, at, count):
         """Loads q and k, and stores the dq and dk that take their place."""
         for x, i in ((q, 0), (k, 2)):
             for w in range(2):
@@ -108,9 +113,6 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                     room.qk[i + w, :, :],
                     barrier=ring.fullQ[0],
                 )
-        if normalize:
-            T.tma_copy(qnorm[at[0], at[1], :], room.norms[0, :], barrier=ring.fullQ[0])
-            T.tma_copy(rnorm[at[0], at[1], :], room.norms[1, :], barrier=ring.fullQ[0])
         T.mbarrier_arrive(ring.fullQ[0])
         T.mbarrier_arrive(ring.sentQ[0])
         T.mbarrier_wait_parity(ring.emptyQ[0], count[0] % 2)
@@ -207,8 +209,8 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             Ds = T.alloc_shared((2, V, HALF), dtype)
             ms = T.alloc_shared((2, C, C), dtype)  # dP, -N
             gs = T.alloc_shared((2, C), f32)
-            norms = T.alloc_shared((2, C), f32)  # 1 / |q|, 1 / |k|
-            logs = T.alloc_shared((2 * C,), f32)
+            norms = T.alloc_shared((2, 2, C), f32)  # [stage, 1 / |q| and 1 / |k|]
+            logs = T.alloc_shared((2, 2, 2 * C), f32)  # [item, warpgroup], of norms
             project = T.alloc_shared((2, 2 * C), f32)
             sums = T.alloc_shared((4, 7 * C), f32)  # rows, columns of 4 warps, dots, ends
             traces = T.alloc_shared((2, 72), f32)
@@ -265,6 +267,8 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                 entering,
                                 dleaving,
                                 gate,
+                                qnorm,
+                                rnorm,
                                 at,
                                 count,
                                 tx % 32,
@@ -278,7 +282,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
                                         room, ring, beta, dbeta, pairs, betas, at, count, tx % 32
                                     )
                                 else:
-                                    move_item(room, ring, q, k, rnorm, qnorm, dq, dk, at, count)
+                                    move_item(room, ring, q, k, dq, dk, at, count)
                         count[0] += 1
                 # consumers look one head ahead, past the last one too
                 if tx < 288:

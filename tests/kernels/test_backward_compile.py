@@ -12,14 +12,14 @@ pytestmark = pytest.mark.timeout(300)
 # items and segments, two of them read once a head or chunk, and an address or two: never accumulators.
 CASES = {
     "replay": ({"halves": 2, "normalize": True}, 3, 0, 3),
-    "reverse": ({"halves": 2, "normalize": True}, 6, 32, 4),
+    "reverse": ({"halves": 2, "normalize": True}, 6, 28, 4),
     "reverse alone": ({"halves": 1, "normalize": True}, 7, 0, 3),
     "reverse summary": ({"halves": 2, "normalize": True, "store": False}, 6, 8, 4),
     "reverse summary alone": ({"halves": 1, "normalize": True, "store": False}, 7, 0, 3),
     "reverse_scan": ({"entering": False}, 3, 0, 1),
     "reverse_scan entering": ({"entering": True}, 3, 0, 1),
     "gradients": ({"ratio": 4}, 9, 0, 3),
-    "gradients normalising": ({"ratio": 4, "normalize": True}, 9, 4, 3),
+    "gradients normalising": ({"ratio": 4, "normalize": True}, 9, 0, 3),
     "beta_gradient": ({"smallest": 2.0**-40, "normalize": True}, 7, 0, 1),
 }
 # In gradients, C7520 is what a wait inside a branch between products costs.

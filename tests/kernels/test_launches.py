@@ -33,6 +33,10 @@ class Nowhere:
 @functools.cache
 def signature(key, **options):
     function = FACTORIES[key].get_tir(**options)
+    shapes = {}  # a macro's loop over tensors gives them one name, by which TileLang checks them
+    for buffer in function.buffer_map.values():
+        shape = str(buffer.shape)
+        assert shapes.setdefault(buffer.name, shape) == shape, (buffer.name, shape)
     return [(p, function.buffer_map.get(p)) for p in function.params]
 
 
