@@ -11,9 +11,8 @@ The exchanges differ only in who evaluates this chain: neighbours (ring), the ow
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
 # ---- boundary states -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Transitions:
+class Transitions(NamedTuple):
     """The M that the backward reuses: this rank's own (ring), or every rank's for the owned or for all heads."""
 
     own: Tensor | None = None
@@ -36,11 +34,11 @@ class Transitions:
 
 
 def start_exchange_states(
-    summary: Summary, context: "CPContext"
+    summary: Summary, context: "CPContext", ready: Mark | None
 ) -> Pending[tuple[Tensor | None, Transitions]]:
-    """:func:`exchange_states`, while the current stream goes on."""
-    device = summary.S.device
-    return Pending(partial(exchange_states, summary, context), device, summary, mark(device))
+    """:func:`exchange_states` of a summary that was there at ``ready`` (comm.mark), beside what the current stream
+    does since then and next."""
+    return Pending(partial(exchange_states, summary, context), summary.S.device, summary, ready)
 
 
 def start_exchange_gradients(
@@ -57,6 +55,7 @@ def start_exchange_gradients(
 def exchange_states(summary: Summary, context: "CPContext") -> tuple[Tensor | None, Transitions]:
     """State that enters this rank from its predecessor, [B, Hv, K, V]; None where no document crosses the cut.
 
+    A rank without a state for its successor gives room for what it receives as ``summary.S``.
     ``summary.M`` [B, Hv, K, K] is needed on through ranks only. The second result serves :func:`exchange_gradients`.
     """
     with operations.named(f"boundary states, {context.exchange}"):
@@ -76,27 +75,38 @@ def exchange_gradients(dS: Tensor, transitions: Transitions, context: "CPContext
         return run(Summary(None, dS), transpose(transitions.by_rank), context, reverse=True)[0]
 
 
-def receive_state(like: Tensor, context: "CPContext", *, reverse: bool = False) -> Tensor | None:
-    """The neighbour's state (reverse: the successor's gradient), or None where nothing crosses that cut."""
-    if not (context.crosses_right if reverse else context.crosses_left):
-        return None
-    buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
+def receive_state(room: Tensor, context: "CPContext", *, reverse: bool = False) -> Tensor | None:
+    """The neighbour's state (reverse: the successor's gradient) in ``room``; None where nothing crosses that cut."""
     with operations.named("boundary state"):
-        swap([], [(context.rank + (1 if reverse else -1), buffer)], context)
-    return buffer
+        return _receive(room, context, reverse)
 
 
 def send_state(state: Tensor, context: "CPContext", *, reverse: bool = False) -> None:
     """Hand the state to the successor (reverse: the gradient to the predecessor), where a document crosses the cut."""
+    with operations.named("boundary state"):
+        _send(state, context, reverse)
+
+
+def _receive(room: Tensor, context: "CPContext", reverse: bool) -> Tensor | None:
+    if not (context.crosses_right if reverse else context.crosses_left):
+        return None
+    swap([], [(context.rank + (1 if reverse else -1), room)], context)
+    return room
+
+
+def _send(state: Tensor, context: "CPContext", reverse: bool) -> None:
     if context.crosses_left if reverse else context.crosses_right:
-        with operations.named("boundary state"):
-            swap([(context.rank + (-1 if reverse else 1), state.contiguous())], [], context)
+        swap([(context.rank + (-1 if reverse else 1), state.contiguous())], [], context)
 
 
 def _ring(summary: Summary, context: "CPContext", *, reverse: bool) -> Tensor | None:
-    S_in = receive_state(summary.S, context, reverse=reverse)
-    through = Summary(summary.M if context.through(context.rank) else None, summary.S)
-    send_state(apply(through, S_in), context, reverse=reverse)
+    room = summary.S  # no more than that, where nothing is sent
+    if context.crosses_left and context.crosses_right:
+        room = torch.empty_like(room, memory_format=torch.contiguous_format)
+    S_in = _receive(room, context, reverse)
+    # what goes on from S_in does so on through ranks only
+    S_out = apply(summary, S_in) if context.is_through else summary.S
+    _send(S_out, context, reverse)
     return S_in
 
 
@@ -148,7 +158,7 @@ def _all_gather(
         return _sends(context, a, reverse) and (b < a if reverse else a < b)
 
     outgoing, incoming = _spread([S] * P, every, onward, context)
-    if not reverse and any(map(context.through, range(P))):
+    if not reverse and context.any_through:
         own = S if summary.M is None else summary.M.contiguous()
         M = S.new_empty(P, *S.shape[:-1], S.shape[-2])
         more = _spread([own] * P, M, lambda a, b: context.through(a), context)
@@ -170,7 +180,7 @@ def _all_to_all(
     outgoing, incoming = _spread(
         S.split(counts), owned, lambda a, b: _sends(context, a, reverse), context
     )
-    if not reverse and any(map(context.through, range(P))):
+    if not reverse and context.any_through:
         own = S if summary.M is None else summary.M.contiguous().flatten(0, -3)
         M = S.new_empty(P, counts[me], S.shape[1], S.shape[1])
         more = _spread(own.split(counts), M, lambda a, b: context.through(a), context)

@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 def _nbytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum([t.nbytes for t in tensors])
 
 
 def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
@@ -43,10 +43,11 @@ def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
         targets, sources = sorted({p for p, _ in outgoing}), sorted({p for p, _ in incoming})
         return f"to ranks {targets}, from ranks {sources}"
 
-    with meter.span(_nbytes(*(t for _, t in outgoing)), device, what) as stream:
-        if isinstance(group, VirtualGroup):
-            group.exchange(outgoing, incoming)
-            return
+    stream = _stream_of(device)
+    exchange = meter.begin(sum([t.nbytes for _, t in outgoing]), device, what, stream)
+    if isinstance(group, VirtualGroup):
+        group.exchange(outgoing, incoming)
+    else:
         assert group is not None
         mailbox = _mailboxes.get(group)
         if mailbox is None:
@@ -54,6 +55,24 @@ def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
         else:
             assert stream is not None
             _by_mail(outgoing, incoming, group, mailbox, stream)
+    meter.end(exchange)
+
+
+def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    """The current stream, None on the CPU."""
+    return _current_stream(device) if device.type == "cuda" else None
+
+
+_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
+
+
+def _current_stream(device: torch.device) -> torch.cuda.Stream:
+    """As torch.cuda.current_stream, which makes an object each time; here each stream has one."""
+    key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    stream = _streams.get(key)
+    if stream is None:
+        stream = _streams[key] = torch.cuda.current_stream(device)
+    return stream
 
 
 def _send_and_receive(
@@ -86,7 +105,8 @@ def _by_mail(
 ) -> None:
     """What fits into the boxes, on one stream, so that both sides keep the order of their calls; the rest by NCCL."""
     lane = _stream(stream.device)
-    if stream != lane:
+    other = stream.cuda_stream != lane.cuda_stream
+    if other:
         lane.wait_stream(stream)
     sent, large = _fitting(outgoing)
     received, larger = _fitting(incoming)
@@ -96,37 +116,43 @@ def _by_mail(
         _send_and_receive(large, larger, group, stream.device)
     for peer, tensors in received.items():
         mailbox.receive(peer, tensors, lane.cuda_stream)
-    if stream != lane:
+    if other:
         stream.wait_stream(lane)
 
 
 def _fitting(messages: Messages) -> tuple[dict[int, list[Tensor]], Messages]:
     """The tensors for or from every peer that fit into a box together, and the messages of the other peers."""
+    if not messages:
+        return {}, []
     peers: dict[int, list[Tensor]] = {}
     for peer, tensor in messages:
         peers.setdefault(peer, []).append(tensor)
-    fitting = {peer: xs for peer, xs in peers.items() if _nbytes(*xs) <= CAPACITY}
-    return fitting, [(peer, tensor) for peer, tensor in messages if peer not in fitting]
+    large = [peer for peer, tensors in peers.items() if _nbytes(*tensors) > CAPACITY]
+    for peer in large:
+        del peers[peer]
+    return peers, [message for message in messages if message[0] in large] if large else []
 
 
 def _gather_flat(every: Tensor, mine: Tensor, group: Group | None) -> None:
     """[n, ...] of every rank into [P * n, ...]."""
-    with meter.span(_nbytes(mine), mine.device, "all_gather"):
-        if isinstance(group, VirtualGroup):
-            group.all_gather(every, mine)
-        else:
-            _all_gather_flat(every, mine, group=group)
+    exchange = meter.begin(mine.nbytes, mine.device, "all_gather", _stream_of(mine.device))
+    if isinstance(group, VirtualGroup):
+        group.all_gather(every, mine)
+    else:
+        _all_gather_flat(every, mine, group=group)
+    meter.end(exchange)
 
 
 def _scatter_rows(
     out: Tensor, given: Tensor, out_counts: list[int], in_counts: list[int], group: Group | None
 ) -> None:
     """Rows of ``given``, ``in_counts`` for each rank; into ``out`` what they have for this one, ``out_counts`` each."""
-    with meter.span(_nbytes(given), given.device, "all_to_all"):
-        if isinstance(group, VirtualGroup):
-            group.all_to_all(out, given, out_counts, in_counts)
-        else:
-            dist.all_to_all_single(out, given, out_counts, in_counts, group=group)
+    exchange = meter.begin(given.nbytes, given.device, "all_to_all", _stream_of(given.device))
+    if isinstance(group, VirtualGroup):
+        group.all_to_all(out, given, out_counts, in_counts)
+    else:
+        dist.all_to_all_single(out, given, out_counts, in_counts, group=group)
+    meter.end(exchange)
 
 
 # ---- on a stream of its own ----------------------------------------------------------------------------------------
@@ -143,14 +169,15 @@ class Pending(Generic[Result]):
     """An exchange under way, on a stream of its own where the tensors are on a GPU.
 
     It starts after ``ready`` (:func:`mark`), so that work that the current stream was given since then runs beside it.
-    :meth:`wait` makes the current stream wait for it, not the host, and returns the result; it may be called again.
+    :meth:`wait` makes a stream wait for it, not the host, and returns the result; it may be called again.
     """
 
     def __init__(
         self, exchange: Callable[[], Result], device: torch.device, inputs: Any, ready: Mark | None
     ):
         self._inputs = inputs  # what the other stream reads must not be freed before the wait
-        self._done = None
+        self._device, self._ready = device, ready
+        self._done: torch.cuda.Event | None = None
         if ready is None:
             self._result = exchange()
             return
@@ -165,19 +192,29 @@ class Pending(Generic[Result]):
         self._done = _recorded(device, lane)
 
     def wait(self) -> Result:
+        """Let the current stream wait."""
         if self._done is not None:
-            device = self._done.device
-            torch.cuda.current_stream(device).wait_event(self._done)
-            _waited_for(device).append(self._done)
-            self._done = self._inputs = None
+            self._hold_up(_current_stream(self._device), self._done)
         return self._result
+
+    def wait_there(self) -> Result:
+        """Let the stream wait that ``ready`` is of."""
+        if self._done is not None:
+            assert self._ready is not None
+            self._hold_up(self._ready.stream, self._done)
+        return self._result
+
+    def _hold_up(self, stream: torch.cuda.Stream, done: torch.cuda.Event) -> None:
+        stream.wait_event(done)
+        _waited_for(self._device).append(done)
+        self._done = self._inputs = None
 
 
 def mark(device: torch.device) -> Mark | None:
     """Where the current stream stands, for one exchange; None on the CPU."""
     if device.type != "cuda":
         return None
-    stream = torch.cuda.current_stream(device)
+    stream = _current_stream(device)
     return Mark(stream, _recorded(device, stream))
 
 
@@ -265,11 +302,12 @@ def all_reduce_max(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
 def sum_over_group(tensor: Tensor, context: "CPContext") -> Tensor:
     """Sum of a replicated-shape tensor over the context's ranks, metered like the exchanges; returns a new tensor."""
     total = tensor.clone(memory_format=torch.contiguous_format)
-    with meter.span(_nbytes(total), total.device, "all_reduce"):
-        if isinstance(context.group, VirtualGroup):
-            context.group.all_reduce(total)
-        else:
-            dist.all_reduce(total, group=context.group)
+    exchange = meter.begin(total.nbytes, total.device, "all_reduce", _stream_of(total.device))
+    if isinstance(context.group, VirtualGroup):
+        context.group.all_reduce(total)
+    else:
+        dist.all_reduce(total, group=context.group)
+    meter.end(exchange)
     return total
 
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,16 +51,18 @@ class CPContext:
     position_ids: Tensor
     local_offsets: Tensor
     _layouts: dict[tuple[int, torch.device], ChunkLayout] = field(default_factory=dict, repr=False)
+    # kinds of calls (shapes, dtypes, options) that were found to fit, and what they need: of the operators
+    calls: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def start(self) -> int:
         return self.shard_bounds[self.rank]
 
-    @property
+    @cached_property
     def end(self) -> int:
         return self.shard_bounds[self.rank + 1]
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return self.end - self.start
 
@@ -78,17 +81,33 @@ class CPContext:
 
     def crosses(self, cut: int) -> bool:
         """Whether a document lies on both sides of the cut before rank ``cut`` (0 < cut < size)."""
-        if not 0 < cut < self.size:
-            return False
-        return self.document_start(self.shard_bounds[cut]) < self.shard_bounds[cut]
+        return self._crossed[cut]
 
     def through(self, rank: int) -> bool:
         """Whether one document covers the shard of ``rank`` and crosses both its cuts."""
-        return (
-            self.crosses(rank)
-            and self.crosses(rank + 1)
-            and self.document_start(self.shard_bounds[rank + 1]) < self.shard_bounds[rank]
+        return self._covered[rank]
+
+    @cached_property
+    def _crossed(self) -> tuple[bool, ...]:
+        bounds = self.shard_bounds[1:-1]
+        return (False, *(self.document_start(bound) < bound for bound in bounds), False)
+
+    @cached_property
+    def _covered(self) -> tuple[bool, ...]:
+        bounds, crossed = self.shard_bounds, self._crossed
+        return tuple(
+            crossed[r] and crossed[r + 1] and self.document_start(bounds[r + 1]) < bounds[r]
+            for r in range(self.size)
         )
+
+    @cached_property
+    def is_through(self) -> bool:
+        return self.through(self.rank)
+
+    @cached_property
+    def any_through(self) -> bool:
+        """Whether any rank is through; where none is, no rank needs an M."""
+        return any(self._covered)
 
     @cached_property
     def crosses_left(self) -> bool:
@@ -101,7 +120,7 @@ class CPContext:
     @cached_property
     def any_crossing(self) -> bool:
         """Whether any cut of the group is crossed; where none is, no rank exchanges anything."""
-        return any(self.crosses(cut) for cut in range(1, self.size))
+        return any(self._crossed)
 
     def check_tokens(self, x: Tensor) -> None:
         """Raise ValueError unless ``x`` [B, T, ...] is this rank's part of a batch that the context fits."""

@@ -7,11 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+
+MANY_SPANS = 32  # so many exchanges are read together
 
 
 class Operation(NamedTuple):
@@ -20,6 +22,23 @@ class Operation(NamedTuple):
     name: str
     issued: float
     done: torch.cuda.Event | None
+
+
+class Named:
+    """Operations issued within serve this purpose, or the one that was named before."""
+
+    __slots__ = ("_before", "_name", "_purpose")
+
+    def __init__(self, purpose: ContextVar[str], name: str):
+        self._purpose, self._name = purpose, name
+        self._before: Token[str] | None = None
+
+    def __enter__(self) -> None:
+        self._before = self._purpose.set(self._purpose.get() or self._name)
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._before is not None
+        self._purpose.reset(self._before)
 
 
 class Operations:
@@ -37,29 +56,33 @@ class Operations:
         self.watched = False
         self._open.clear()
 
-    @contextmanager
-    def named(self, purpose: str) -> Iterator[None]:
-        """Operations issued within serve this purpose, or the one that was named before."""
-        before = self._purpose.set(self._purpose.get() or purpose)
-        try:
-            yield
-        finally:
-            self._purpose.reset(before)
+    def named(self, purpose: str) -> Named:
+        """A context: operations issued within serve this purpose, or the one that was named before."""
+        return Named(self._purpose, purpose)
 
-    @contextmanager
-    def issue(self, what: str | Callable[[], str], done: torch.cuda.Event | None) -> Iterator[None]:
-        """An operation that ends with the block, or with the event that the block records."""
+    def begin(
+        self, what: str | Callable[[], str], done: torch.cuda.Event | None
+    ) -> Operation | None:
+        """An operation that ends with ``done``, once that is recorded, or with :meth:`end`."""
         if not self.watched:
-            yield
-            return
+            return None
         what = what if isinstance(what, str) else what()
         purpose = self._purpose.get()
         name = f"{purpose} ({what})" if purpose else what
         operation = Operation(name, time.monotonic(), done)
         self._open.append(operation)
-        yield
-        if done is None:
+        return operation
+
+    def end(self, operation: Operation | None) -> None:
+        if operation is not None and operation.done is None:
             self._open.remove(operation)
+
+    @contextmanager
+    def issue(self, what: str | Callable[[], str], done: torch.cuda.Event | None) -> Iterator[None]:
+        """An operation that ends with the block, or with the event that the block records."""
+        operation = self.begin(what, done)
+        yield
+        self.end(operation)
 
     def oldest(self) -> Operation | None:
         """The first operation that has not ended; called from the watchdog's thread."""
@@ -82,12 +105,21 @@ class Span(NamedTuple):
     after: torch.cuda.Event
 
 
+class Exchange(NamedTuple):
+    """One that has begun: on the CPU ``since`` when, on a GPU (unless a graph is captured) with a ``span``."""
+
+    operation: Operation | None
+    since: float | None = None
+    stream: torch.cuda.Stream | None = None
+    span: Span | None = None
+
+
 @dataclass
 class CommMeter:
     """Counts what the context-parallel layers exchange: bytes sent by this rank, calls, and time.
 
-    Time is wall clock on the CPU (blocking calls) and CUDA events on the GPU. Those that have ended are read as new
-    spans begin, which reuse them, the others in :meth:`take`.
+    Time is wall clock on the CPU (blocking calls) and CUDA events on the GPU. Those that have ended are read now and
+    then, as new ones begin, which use their events again, the others in :meth:`take`.
     """
 
     bytes: int = 0
@@ -95,47 +127,54 @@ class CommMeter:
     _taken: int = 0
     _seconds: float = 0.0
     _spans: deque[Span] = field(default_factory=deque)
+    _free: list[Span] = field(default_factory=list)
 
-    @contextmanager
-    def span(
-        self, nbytes: int, device: torch.device, what: str | Callable[[], str]
-    ) -> Iterator[torch.cuda.Stream | None]:
-        """Around an exchange; gives the current stream, None on the CPU."""
+    def begin(
+        self,
+        nbytes: int,
+        device: torch.device,
+        what: str | Callable[[], str],
+        stream: torch.cuda.Stream | None = None,
+    ) -> Exchange:
+        """An exchange, on the ``stream`` of a GPU. What raises before its :meth:`end` counts no time, and to the
+        watchdog it does not end."""
         self.bytes += nbytes
         self._calls += 1
-        if device.type != "cuda":
-            started = time.perf_counter()
-            with operations.issue(what, None):
-                yield None
-            self._seconds += time.perf_counter() - started
-            return
-        stream = torch.cuda.current_stream(device)
+        if stream is None:
+            return Exchange(operations.begin(what, None), since=time.perf_counter())
         if torch.cuda.is_current_stream_capturing():
-            yield stream
-            return
+            return Exchange(None)
         span = self._next(device)
         span.before.record(stream)
-        with operations.issue(what, span.after):
-            yield stream
-            span.after.record(stream)
-        self._spans.append(span)
+        return Exchange(operations.begin(what, span.after), stream=stream, span=span)
+
+    def end(self, exchange: Exchange) -> None:
+        if exchange.span is not None:
+            exchange.span.after.record(exchange.stream)
+            self._spans.append(exchange.span)
+        elif exchange.since is not None:
+            self._seconds += time.perf_counter() - exchange.since
+            operations.end(exchange.operation)
 
     def _next(self, device: torch.device) -> Span:
-        """The events of the first span, if it has ended, or new ones: the watchdog's stay as they are."""
-        if self._spans and self._spans[0].after.query():
-            first = self._spans.popleft()
-            self._seconds += first.before.elapsed_time(first.after) / 1e3
-            if first.device == device and not operations.watched:
-                return first
+        """The events of a span that was read, or new ones: the watchdog's stay as they are."""
+        if len(self._spans) >= MANY_SPANS:
+            while self._spans and self._spans[0].after.query():
+                span = self._spans.popleft()
+                self._seconds += span.before.elapsed_time(span.after) / 1e3
+                if not operations.watched:
+                    self._free.append(span)
+        if self._free and self._free[-1].device == device:
+            return self._free.pop()
         return Span(
             device, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         )
 
     def take(self) -> dict[str, float]:
         """{"bytes", "seconds", "calls"} since the last call; waits for the GPU events it reads."""
-        for _, before, after in self._spans:
-            after.synchronize()
-            self._seconds += before.elapsed_time(after) / 1e3
+        for span in self._spans:
+            span.after.synchronize()
+            self._seconds += span.before.elapsed_time(span.after) / 1e3
         out = {"bytes": self.bytes - self._taken, "seconds": self._seconds, "calls": self._calls}
         self._taken, self._seconds, self._calls = self.bytes, 0.0, 0
         self._spans.clear()

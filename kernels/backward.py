@@ -106,24 +106,24 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     here on if somebody waits for what entering_summary found and gets it by a kernel, which must not
     wait for multiprocessors; `at_once`: it needs none.
     """
-    x = opened
-    here = torch.cuda.current_stream(x.q.device)
-    if x.in_blocks or many(x):
-        x.pairs[:, :1].zero_()
-        if not x.in_blocks:  # else block by block
+    x, device = opened, opened.q.device
+    x.vd = torch.empty(x.layout.vd, dtype=x.q.dtype, device=device)
+    x.pairs = torch.empty(x.layout.pairs, dtype=torch.int32, device=device)
+    if x.layout.in_blocks or x.layout.many:
+        x.pairs.zero_()
+        if not x.layout.in_blocks:  # else block by block
             replay_states(x)
         return
-    beside = side_stream(x.q.device)
-    beside.wait_event(here.record_event() if x.open_left and not at_once else x.begun)
-    with torch.cuda.stream(beside):
+    beside = side_stream(device)
+    beside.wait_event(x.stream.record_event() if x.open_left and not at_once else x.begun)
+    torch.cuda.set_stream(beside)
+    try:
         # a dS chain that is launched beside it gets its multiprocessors first
-        x.pairs[:, :1].zero_()
+        x.pairs.zero_()
         replay_states(x)
         x.replayed = beside.record_event()
-
-
-def many(x: OpenBackward) -> bool:
-    return x.v.shape[1] * x.inputs[0].shape[0] >= MANY_CHAINS
+    finally:
+        torch.cuda.set_stream(x.stream)
 
 
 def _incoming(x: OpenBackward, incoming: torch.Tensor | None) -> torch.Tensor | None:
@@ -190,7 +190,7 @@ def chunk_gdn_backward(
     )  # fmt: skip
     if x.cut:
         summarise(x)
-    elif x.block >= x.chunks and not many(x):
+    elif x.layout.block >= x.layout.chunks and not x.layout.many:
         walk_whole(x, None)  # before the replay beside it, which would take the multiprocessors
     replay(x)
     return close_backward(x)

@@ -1,19 +1,29 @@
 """What a backward holds between its stages, and what it decides from shapes alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
+from typing import Any
 
 import torch
 
-from .common import CHUNK
-from .forward import DTYPES, KEY_DIM, Saved
-from .launch import multiprocessors
+from .backward_beta import beta_gradient
+from .backward_gradients import SMALLEST_BETA, gradients
+from .backward_replay import replay
+from .backward_reverse import reverse
+from .common import CHUNK, slots
+from .forward import Saved
+from .inputs import DTYPES, KEY_DIM, flat
+from .launch import current_stream, multiprocessors, ready
 
 # Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU.
 MANY_CHAINS = 64
 BETWEEN = 1280  # bytes a token and value head between the kernels: S, dS, Vd
 LARGE = 2**30  # so many of them, and a single sequence goes block by block
 FULL = 7 / 8  # of the multiprocessors
+FEW_CHAINS = 2.5  # summaries a multiprocessor
+KEPT = 1024  # layouts
 
 
 def _check(q, saved, do, dfinal, value_heads) -> None:
@@ -33,8 +43,110 @@ def _check(q, saved, do, dfinal, value_heads) -> None:
             )
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, *x.shape[2:]).contiguous()
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What backwards of the same shapes, dtypes and options have in common: sizes and kernels."""
+
+    processors: int  # multiprocessors of the GPU
+    documents: int
+    bits: int  # of a document's number
+    chunks: int  # slots; the last one of a single sequence is never in use
+    many: bool  # chains of whole sequences fill the GPU
+    block: int  # chunk slots of a block of time
+    in_blocks: bool  # the states, too, are made and used block by block
+    entering: tuple[int, ...]  # shapes: what the replay makes, its lists, the summaries' states
+    vd: tuple[int, ...]
+    pairs: tuple[int, ...]
+    external: tuple[int, ...]
+    segment: int  # chunks a segment of the dS chain
+    halves: int  # of the dS chain: blocks of 64 columns of a value head a CTA
+    ratio: int  # value heads of a key head
+    replay_halves: int  # the replay's
+    summary_halves: int  # the summaries'
+    kind: dict[str, Any]  # options of the kernels
+
+    @cached_property
+    def summary(self) -> Callable[..., None]:
+        return ready(reverse, halves=self.summary_halves, store=False, **self.kind)
+
+    @cached_property
+    def reverse(self) -> Callable[..., None]:
+        return ready(reverse, halves=self.halves, store=True, **self.kind)
+
+    @cached_property
+    def replay(self) -> Callable[..., None]:
+        return ready(replay, halves=self.replay_halves, **self.kind)
+
+    @cached_property
+    def gradients(self) -> Callable[..., None]:
+        return ready(gradients, ratio=self.ratio, processors=self.processors, **self.kind)
+
+    @cached_property
+    def beta_gradient(self) -> Callable[..., None]:
+        smallest = SMALLEST_BETA[self.kind["dtype"]]
+        return ready(beta_gradient, smallest=smallest, processors=self.processors, **self.kind)
+
+
+def halves_of(chains: int, processors: int) -> int:
+    """Half the columns of a value head are a CTA's where chains are few and their latency counts. Where
+    they fill the GPU both halves are: bytes count, and q, k and `a` are read once."""
+    return 2 if chains >= FULL * processors else 1
+
+
+_layouts: dict[tuple[Any, ...], Layout] = {}
+
+
+def _layout_of(q, v, beta, saved, do, dfinal, *, normalize, cut, at_once) -> Layout:
+    kind = (
+        q.device, q.shape, v.shape, do.shape, q.dtype, beta.dtype, do.dtype, saved.a.shape,
+        saved.a.dtype, saved.cu_seqlens.shape, saved.plan, normalize, cut, at_once,
+        None if dfinal is None else (dfinal.shape, dfinal.dtype),
+    )  # fmt: skip
+    layout = _layouts.get(kind)
+    if layout is None:
+        _check(q, saved, do, dfinal, v.shape[2])
+        if len(_layouts) == KEPT:
+            _layouts.clear()
+        layout = _layouts[kind] = _lay_out(q, v, beta, saved, normalize, cut, at_once)
+    return layout
+
+
+def _lay_out(q, v, beta, saved, normalize, cut, at_once) -> Layout:
+    slots_, heads = saved.a.shape[:2]
+    processors, tokens = multiprocessors(q.device), q.shape[0] * q.shape[1]
+    documents = saved.cu_seqlens.numel() - 1
+    block = block_length(saved, cut, processors)
+    in_blocks = at_once and cut and block < slots_ and documents == 1
+    room = block if in_blocks else slots_
+    count = slots(tokens, documents, saved.plan.summarised * CHUNK)
+    # gates truncate most heads' chains: a few whole ones are waited for, the shorter the better
+    few = count * heads <= FEW_CHAINS * processors
+    # whole: a segment longer than any document, so that each is one
+    segment = saved.plan.segment if cut else tokens // CHUNK + 2
+    chains = (ceil(block / segment) if cut else documents) * heads
+    return Layout(
+        processors=processors,
+        documents=documents,
+        bits=(documents - 1).bit_length(),
+        chunks=max(1, ceil(tokens / CHUNK)) if documents == 1 else slots_,
+        many=heads * q.shape[0] >= MANY_CHAINS,
+        block=block,
+        in_blocks=in_blocks,
+        entering=(room, heads, KEY_DIM, KEY_DIM),
+        vd=(room, heads, CHUNK, KEY_DIM),
+        pairs=(ceil(slots_ / block), 1 + block * heads),
+        external=(count, *saved.states.shape[1:]),
+        segment=segment,
+        halves=halves_of(chains, processors),
+        ratio=heads // q.shape[2],
+        replay_halves=saved.plan.halves,
+        summary_halves=1 if few else 2,
+        kind={
+            "dtype": DTYPES[q.dtype],
+            "beta_dtype": DTYPES[beta.dtype],
+            "normalize": normalize,
+        },
+    )
 
 
 @dataclass
@@ -43,8 +155,6 @@ class Walk:
 
     dstates: torch.Tensor  # [NS, Hv, K, V] fp32, of the states that leave the segments
     dfinal: torch.Tensor | None
-    halves: int
-    segment: int
     dv: torch.Tensor  # [L, Hv, V]
     dh0: torch.Tensor  # [N, Hv, K, V] fp32
     carried: torch.Tensor  # [2, Hv, K, V] fp32, what goes on from one block to the next
@@ -56,6 +166,7 @@ class OpenBackward:
     """A backward between its stages: its inputs with batch and time in one axis, and what it made."""
 
     inputs: tuple[torch.Tensor, ...]  # q, k, v, g, beta as given
+    layout: Layout
     q: torch.Tensor  # [L, Hk, K]
     k: torch.Tensor
     v: torch.Tensor  # [L, Hv, V]
@@ -70,60 +181,35 @@ class OpenBackward:
     open_right: int
     truncate: bool
     cut: bool  # the dS chain runs in the forward's segments
-    block: int  # chunk slots of a block of time
-    in_blocks: bool  # the states, too, are made and used block by block
     entering: torch.Tensor  # [NC or block, Hv, V, K], the state that enters each chunk: replay's
-    vd: torch.Tensor  # [NC or block, Hv, 64, V]
-    pairs: torch.Tensor  # [blocks, 1 + pairs] int32: how many hold a beta of nearly zero, which
+    stream: torch.cuda.Stream  # the caller's
     begun: torch.cuda.Event  # when the inputs were there
     external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of summarised segments
     walk: "Walk | None" = None
+    vd: torch.Tensor | None = None  # [NC or block, Hv, 64, V], from the replay on
+    pairs: torch.Tensor | None = (
+        None  # [blocks, 1 + pairs] int32: how many hold a beta of nearly zero, which
+    )
     replayed: torch.cuda.Event | None = None
-
-    @property
-    def documents(self) -> int:
-        return self.saved.cu_seqlens.numel() - 1
-
-    @property
-    def chunks(self) -> int:
-        """Chunk slots; the last one of a single sequence is never in use."""
-        slots = self.saved.a.shape[0]
-        return max(1, ceil(self.q.shape[0] / CHUNK)) if self.documents == 1 else slots
-
-    @property
-    def bits(self) -> int:
-        return (self.documents - 1).bit_length()
-
-    @property
-    def kind(self) -> dict:
-        return {
-            "dtype": DTYPES[self.q.dtype],
-            "beta_dtype": DTYPES[self.beta.dtype],
-            "normalize": self.normalize,
-        }
 
 
 def hold(
     q, k, v, g, beta, saved, do, dfinal, scale, initial, normalize, normalized, left=0, right=0, *,
     cut, at_once=False,
 ):  # fmt: skip
-    chunks, value_heads = saved.a.shape[:2]
-    _check(q, saved, do, dfinal, v.shape[2])
-    q_, k_, v_, do_, beta_ = (_flat(x) for x in (q, k, v, do, beta))
-    dfinal, initial = (None if x is None else x.contiguous() for x in (dfinal, initial))
-    block = block_length(saved, cut, multiprocessors(q.device))
-    in_blocks = at_once and cut and block < chunks and saved.cu_seqlens.numel() == 2
-    room = block if in_blocks else chunks
-    entering = q_.new_empty(room, value_heads, KEY_DIM, KEY_DIM)
-    vd = q_.new_empty(room, value_heads, CHUNK, KEY_DIM)
-    pairs = torch.empty(
-        ceil(chunks / block), 1 + block * value_heads, dtype=torch.int32, device=q.device
+    layout = _layout_of(
+        q, v, beta, saved, do, dfinal, normalize=normalize, cut=cut, at_once=at_once
     )
-    begun = torch.cuda.current_stream(q.device).record_event()
+    if dfinal is not None:
+        dfinal = dfinal.contiguous()
+    if initial is not None:
+        initial = initial.contiguous()
+    entering = torch.empty(layout.entering, dtype=q.dtype, device=q.device)
+    stream = current_stream(q.device)
     return OpenBackward(
-        (q, k, v, g, beta), q_, k_, v_, do_, beta_, saved, dfinal, initial,
-        KEY_DIM**-0.5 if scale is None else scale, normalize, left, right,
-        normalize or normalized, cut, block, in_blocks, entering, vd, pairs, begun,
+        (q, k, v, g, beta), layout, flat(q), flat(k), flat(v), flat(do), flat(beta), saved, dfinal,
+        initial, KEY_DIM**-0.5 if scale is None else scale, normalize, left, right,
+        normalize or normalized, cut, entering, stream, stream.record_event(),
     )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ latter the forward comes in three stages, between which states travel:
     open_forward      prepare, and the summaries of segments that somebody asks for
     leaving_summary   S_out = M S_in + S_ext of the sequences that go on elsewhere; or, from the
     leaving_state     state that came in, S_out itself
-    close_forward     from the states that came in: scan, norms of the queries, recurrence
+    norm_queries      norms of the queries, which no state enters (or close_forward makes them)
+    close_forward     from the states that came in: scan and recurrence
 
 Where heads alone fill the GPU the main pass is not cut, and only what leaves is summarised.
 
@@ -16,59 +17,34 @@ Nothing here reads the device: the calls can be captured in a CUDA graph, and me
 documents is found by the kernels.
 """
 
-import dataclasses
-
 import torch
 
-from .common import CHUNK, slots
-from .inputs import DTYPES, KEY_DIM, Packed, check, check_states, pack
-from .launch import multiprocessors, ready
+from .common import CHUNK
+from .inputs import KEY_DIM, Packed, check_states, flat, pack
+from .layout import layout_of
 from .opened import OpenForward, Saved
-from .plan import Plan, entire_jobs, plan_segments
-from .prepare import prepare
-from .qnorm import query_norms
-from .recurrence import recurrence
-from .scan import COLUMNS, scan
-from .summary import summary
-
-
-def _prepare(x: Packed, normalize: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens, key_heads = x.k.shape[:2]
-    value_heads = x.v.shape[1]
-    chunks = slots(tokens, x.documents, CHUNK)
-    a = torch.empty(chunks, value_heads, CHUNK, CHUNK, dtype=x.k.dtype, device=x.k.device)
-    gate = torch.empty(chunks, value_heads, CHUNK, dtype=torch.float32, device=x.k.device)
-    rnorm = gate.new_empty(chunks if normalize else 1, key_heads, CHUNK)
-    kernel = ready(
-        prepare,
-        ratio=value_heads // key_heads,
-        dtype=DTYPES[x.k.dtype],
-        gate_dtype=DTYPES[x.g.dtype],
-        beta_dtype=DTYPES[x.beta.dtype],
-        normalize=normalize,
-    )
-    kernel(x.k, x.g, x.beta, x.cu, a, gate, rnorm, x.bits)
-    return a, gate, rnorm
-
+from .plan import Plan
+from .scan import COLUMNS
 
 STARTS, CLOSES, PASSES = range(3)  # scan.py
 
 
 def _scan(opened: OpenForward, incoming, state, transition, *, documents, mode) -> None:
     x, external, tiles = opened.packed, opened.external, opened.shape[-1] // COLUMNS
-    left, right, segment = opened.open_left, opened.open_right, opened.saved.plan.summarised
+    layout, segment = opened.layout, opened.layout.plan.summarised
+    left, right = layout.open_left, layout.open_right
     few = left + right + (x.k.shape[0] - 1) // (2 * segment * CHUNK)
     listed = documents == x.documents and few < documents
     jobs = few if listed else documents
     tiles = tiles if transition is None else 2 * tiles
-    lanes = max(1, multiprocessors(external.device) // (tiles * opened.shape[-2]))
-    ready(scan)(
+    lanes = max(1, layout.processors // (tiles * opened.shape[-2]))
+    layout.scan(
         external, opened.maps, opened.live, x.cu,
         external if opened.initial is None else opened.initial,
         external if incoming is None else incoming,
         external if state is None else state,
         external if transition is None else transition,
-        segment, tiles, min(jobs, lanes), jobs, int(listed), x.bits,
+        segment, tiles, min(jobs, lanes), jobs, int(listed), layout.bits,
         int(opened.initial is not None), left, right, mode,
     )  # fmt: skip
 
@@ -98,55 +74,36 @@ def open_forward(
 
     The other arguments are those of chunk_gdn_forward.
     """
-    check(k, v, g, beta, cu_seqlens, initial_state)
+    layout = layout_of(
+        k, v, g, beta, cu_seqlens, initial_state, open_left=open_left, open_right=open_right,
+        normalize=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized, summarise=summarise,
+        plan=plan,
+    )  # fmt: skip
     x = pack(k, v, g, beta, cu_seqlens)
-    for name, count in (("open_left", open_left), ("open_right", open_right)):
-        if not 0 <= count <= x.documents:
-            raise ValueError(f"{name} = {count}; there are {x.documents} sequences: 0 to that many")
-    tokens, value_heads, value_dim = x.v.shape
-    normalize = use_qk_l2norm_in_kernel
-    if plan is None:
-        plan = plan_segments(
-            tokens,
-            x.documents,
-            value_heads,
-            value_dim,
-            packed=cu_seqlens is not None and x.documents > 1,
-            processors=multiprocessors(k.device),
-        )
+    device, fp32 = k.device, torch.float32
+    a = torch.empty(layout.a, dtype=k.dtype, device=device)
+    gate = torch.empty(layout.gate, dtype=fp32, device=device)
+    rnorm = torch.empty(layout.rnorm, dtype=fp32, device=device)
+    layout.prepare(x.k, x.g, x.beta, x.cu, a, gate, rnorm, layout.bits)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    a, gate, rnorm = _prepare(x, normalize)
-    states = gate.new_empty(
-        slots(tokens, x.documents, plan.segment * CHUNK), value_heads, KEY_DIM, value_dim
-    )
-    summarised = plan.split or (summarise and open_right > 0)
-    count = slots(tokens, x.documents, plan.summarised * CHUNK) if summarised else 1
-    external = states
-    if summarised and not plan.split:
-        external = states.new_empty(count, *states.shape[1:])
-    maps = torch.empty(
-        count, value_heads, 2, KEY_DIM, KEY_DIM, dtype=torch.bfloat16, device=k.device
-    )
-    live = torch.empty(count, value_heads, dtype=torch.int32, device=k.device)
-    blocks = max(0, (tokens - 1) // (plan.summarised * CHUNK))  # that are not a document's last
-    if summarised and blocks + open_right > 0:
-        known = int(blocks > 0 and open_left == 0 and x.documents == 1)
-        jobs = value_heads * (2 * (blocks + open_right) - known)
-        ready(summary, dtype=DTYPES[k.dtype], normalize=normalize)(
+    external = states = torch.empty(layout.states, dtype=fp32, device=device)
+    if layout.external is not None:
+        external = torch.empty(layout.external, dtype=fp32, device=device)
+    maps = torch.empty(layout.maps, dtype=torch.bfloat16, device=device)
+    live = torch.empty(layout.live, dtype=torch.int32, device=device)
+    if layout.summary is not None:
+        layout.summary(
             x.k, x.v, a, gate, rnorm, x.cu, external if initial_state is None else initial_state,
-            external, maps, live, plan.summarised, x.bits, int(initial_state is not None),
-            int(normalize or keys_normalized), open_left, open_right, blocks, known, jobs,
-            entire_jobs(jobs, multiprocessors(k.device)),
+            external, maps, live, *layout.summary_sizes,
         )  # fmt: skip
     kept = maps, live
-    if summarised and not plan.split and open_left == 0:  # their only use is to compose S_ext
-        kept = maps.new_empty(1, *maps.shape[1:]), live.new_empty(1, value_heads)
-    saved = Saved(a, gate, rnorm, torch.empty_like(rnorm), states, x.cu, *kept, plan)
-    return OpenForward(
-        x, tuple(v.shape), initial_state, open_left, open_right, normalize, saved, external, maps,
-        live, summarised, pending=x.documents if plan.split else 0,
-    )  # fmt: skip
+    if not layout.keeps_maps:
+        kept = maps.new_empty(1, *maps.shape[1:]), live.new_empty(1, *live.shape[1:])
+    qnorm = torch.empty(layout.rnorm, dtype=fp32, device=device)
+    saved = Saved(a, gate, rnorm, qnorm, states, x.cu, *kept, layout.plan)
+    pending = layout.documents if layout.plan.split else 0
+    return OpenForward(x, v.shape, initial_state, layout, saved, external, maps, live, pending)
 
 
 def leaving_summary(
@@ -160,14 +117,15 @@ def leaving_summary(
     Once, and before close_forward.
     """
     assert not opened.asked, "leaving_summary comes once"
-    x, count, gate = opened.packed, opened.open_right, opened.saved.gate
+    layout, gate = opened.layout, opened.saved.gate
+    count = layout.open_right
     heads, value_dim = opened.shape[-2:]
     state = gate.new_empty(count, heads, KEY_DIM, value_dim)
     M = gate.new_empty(count, heads, KEY_DIM, KEY_DIM) if transition else None
     if count:
-        assert opened.summarised, "open_forward was told that nobody asks"
-        _scan(opened, None, state, M, documents=x.documents, mode=STARTS)
-        opened.asked, opened.pending = True, min(opened.pending, opened.open_left)
+        assert layout.summarised, "open_forward was told that nobody asks"
+        _scan(opened, None, state, M, documents=layout.documents, mode=STARTS)
+        opened.asked, opened.pending = True, min(opened.pending, layout.open_left)
     return M, state
 
 
@@ -181,13 +139,24 @@ def leaving_state(
     before close_forward and instead of leaving_summary.
     """
     assert not opened.asked, "leaving_state comes once"
-    x, plan = opened.packed, opened.saved.plan
-    if not plan.split or not opened.open_right:
+    layout = opened.layout
+    if not layout.plan.split or not layout.open_right:
         return None
-    state = opened.external.new_empty(opened.open_right, *opened.external.shape[1:])
-    _scan(opened, incoming, state, None, documents=x.documents, mode=PASSES)
+    state = opened.external.new_empty(layout.open_right, *opened.external.shape[1:])
+    _scan(opened, incoming, state, None, documents=layout.documents, mode=PASSES)
     opened.asked, opened.pending = True, 0
     return state
+
+
+def norm_queries(opened: OpenForward, q: torch.Tensor) -> None:
+    """The first part of close_forward, to be called apart while a state is on its way."""
+    x, layout = opened.packed, opened.layout
+    expected = (*opened.shape[:2], *x.k.shape[1:])
+    if q.shape != expected or q.dtype != x.k.dtype:
+        raise ValueError(f"q is {tuple(q.shape)} {q.dtype}; expected {expected} {x.k.dtype}, as k")
+    opened.q = flat(q)
+    if layout.query_norms is not None:
+        layout.query_norms(opened.q, x.cu, opened.saved.qnorm, layout.bits)
 
 
 def close_forward(
@@ -202,56 +171,42 @@ def close_forward(
 
     incoming: [open_left, Hv, K, V] fp32, the states that enter the first sequences.
     """
-    x, saved, open_left = opened.packed, opened.saved, opened.open_left
-    value_heads, value_dim = opened.shape[-2:]
-    batch, tokens = opened.shape[:2]
+    x, saved, layout = opened.packed, opened.saved, opened.layout
+    open_left, tokens = layout.open_left, x.k.shape[0]
     if (incoming is None) != (open_left == 0):
         raise ValueError(
             f"incoming is {'missing' if incoming is None else 'given'}, open_left was {open_left}: "
             "states enter exactly the sequences that were opened for them"
         )
-    if q.shape != (batch, tokens, *x.k.shape[1:]) or q.dtype != x.k.dtype:
-        raise ValueError(
-            f"q is {tuple(q.shape)} {q.dtype}; expected {(batch, tokens, *x.k.shape[1:])} "
-            f"{x.k.dtype}, as k"
-        )
+    if opened.q is None:
+        norm_queries(opened, q)
+    plan, states = layout.plan, saved.states
     if incoming is not None:
-        check_states(incoming, (open_left, value_heads, KEY_DIM, value_dim), "incoming")
+        check_states(incoming, (open_left, *states.shape[1:]), "incoming")
         incoming = incoming.contiguous()
-    plan, states = saved.plan, saved.states
     exact = 1 if open_left else 2  # segments of a document that need no scan
     if opened.pending and tokens > exact * plan.segment * CHUNK:
         _scan(opened, incoming, None, None, documents=opened.pending, mode=CLOSES)
     o = torch.empty_like(x.v)
     final = None
     if output_final_state:
-        final = states.new_empty(x.documents, value_heads, KEY_DIM, value_dim)
+        final = states.new_empty(layout.documents, *states.shape[1:])
     scale = KEY_DIM**-0.5 if scale is None else scale
-    q = q.reshape(x.k.shape).contiguous()
-    if opened.normalize:
-        ready(query_norms, dtype=DTYPES[q.dtype])(q, x.cu, saved.qnorm, x.bits)
     length = plan.segment * CHUNK
-    if plan.split or x.documents > 1 or tokens <= length:
-        _main(opened, q, x, saved, opened.initial, incoming, states, o, final, scale)
+    if plan.split or layout.documents > 1 or tokens <= length:
+        _main(opened, opened.q, x, saved, opened.initial, incoming, states, o, final, scale)
     else:
-        _one_after_another(opened, q, incoming, o, final, scale, length)
+        _one_after_another(opened, opened.q, incoming, o, final, scale, length)
     return o.view(opened.shape), final, saved
 
 
 def _main(opened, q, x, saved, initial, incoming, states, o, final, scale) -> None:
-    kernel = ready(
-        recurrence,
-        dtype=DTYPES[x.k.dtype],
-        value_dim=x.v.shape[-1],
-        halves=saved.plan.halves,
-        normalize=opened.normalize,
-    )
-    kernel(
+    opened.layout.recurrence(
         q, x.k, x.v, saved.a, saved.gate, saved.rnorm, saved.qnorm, x.cu,
         states if initial is None else initial, states if incoming is None else incoming,
-        states, o, states if final is None else final, scale, saved.plan.segment, x.bits,
-        int(initial is not None), int(final is not None),
-        0 if incoming is None else opened.open_left,
+        states, o, states if final is None else final, scale, saved.plan.segment,
+        opened.layout.bits, int(initial is not None), int(final is not None),
+        0 if incoming is None else opened.layout.open_left,
     )  # fmt: skip
 
 
@@ -265,8 +220,8 @@ def _one_after_another(opened, q, incoming, o, final, scale, length) -> None:
         chunks = slice(begin // CHUNK, (begin + length) // CHUNK)
         state = saved.states[i : i + 1]
         part = Packed(x.k[rows], x.v[rows], x.g, x.beta, (x.cu - begin).clamp(0, length), 1)
-        parts = ("a", "gate", "rnorm", "qnorm") if opened.normalize else ("a", "gate")
-        cut = dataclasses.replace(saved, **{name: getattr(saved, name)[chunks] for name in parts})
+        parts = ("a", "gate", "rnorm", "qnorm") if opened.layout.normalize else ("a", "gate")
+        cut = saved._replace(**{name: getattr(saved, name)[chunks] for name in parts})
         leaving = state if begin + length < tokens else final
         _main(opened, q[rows], part, cut, initial, incoming, state, o[rows], leaving, scale)
         initial, incoming = state, None

@@ -4,10 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .common import CHUNK, slots
-
 KEY_DIM = 128
-MOST_CHUNKS = 65535  # of a launch's second grid dimension
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -21,13 +18,9 @@ class Packed(NamedTuple):
     cu: torch.Tensor  # [N + 1] int32
     documents: int
 
-    @property
-    def bits(self) -> int:
-        return (self.documents - 1).bit_length()
-
 
 def check_states(states, expected: tuple[int, ...], name: str) -> None:
-    if tuple(states.shape) != expected or states.dtype != torch.float32:
+    if states.shape != expected or states.dtype != torch.float32:
         raise ValueError(
             f"{name} is {tuple(states.shape)} {states.dtype}; expected {expected} in fp32"
         )
@@ -64,17 +57,15 @@ def check(k, v, g, beta, cu_seqlens, initial_state) -> None:
         check_states(initial_state, (documents, value_heads, key_dim, value_dim), "initial_state")
 
 
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """Batch and time in one axis."""
+    return x.flatten(0, 1).contiguous()
+
+
 def pack(k, v, g, beta, cu_seqlens) -> Packed:
     batch, tokens = k.shape[:2]
     if cu_seqlens is None:
         cu = torch.arange(batch + 1, device=k.device, dtype=torch.int32) * tokens
     else:
         cu = cu_seqlens.contiguous()
-    k, v, g, beta = (x.reshape(batch * tokens, *x.shape[2:]).contiguous() for x in (k, v, g, beta))
-    documents = cu.numel() - 1
-    if slots(batch * tokens, documents, CHUNK) > MOST_CHUNKS:
-        raise ValueError(
-            f"{batch * tokens} tokens in {documents} documents are more than {MOST_CHUNKS} chunks of "
-            f"{CHUNK}, the most of one call: use more ranks, or fewer sequences a call"
-        )
-    return Packed(k, v, g, beta, cu, documents)
+    return Packed(flat(k), flat(v), flat(g), flat(beta), cu, cu.numel() - 1)

@@ -1,15 +1,16 @@
 """What a forward holds between its stages, and what it leaves to the backward."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .inputs import Packed
+from .layout import Layout
 from .plan import Plan
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """What a backward needs beside the inputs: 132 bytes a token and value head, 8 a token and key
     head where the kernels normalise, and 128 KiB a segment and head. `a` and `gate` are read as they
     are; preparing them again would cost as much time as writing and reading them, and nothing else of
@@ -33,13 +34,11 @@ class OpenForward:
     packed: Packed
     shape: tuple[int, ...]  # of v and o
     initial: torch.Tensor | None
-    open_left: int
-    open_right: int
-    normalize: bool
+    layout: Layout
     saved: Saved
     external: torch.Tensor  # [NM, Hv, K, V] fp32, S_ext of the summarised segments
     maps: torch.Tensor  # Saved's, or larger ones that the backward does not need
     live: torch.Tensor
-    summarised: bool
+    pending: int  # so many documents, the first ones, have no states of segments yet
     asked: bool = False  # for what leaves
-    pending: int = 0  # so many documents, the first ones, have no states of segments yet
+    q: torch.Tensor | None = None  # [L, Hk, K], once its norms are there

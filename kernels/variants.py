@@ -68,20 +68,25 @@ class Variant(NamedTuple):
         return f"{self.kernel}({options})"
 
 
-def surroundings(key_heads: int, value_heads: int, dtype: str) -> Iterator[Variant]:
-    """The kernels of a layer around the rule, heads of 128."""
-    sizes = (key_heads * 128, key_heads * 128, value_heads * 128)
+def surroundings(
+    key_heads: int, value_heads: int, dtype: str, key_dim: int, value_dim: int
+) -> Iterator[Variant]:
+    """The kernels of a layer around the rule."""
+    sizes = (key_heads * key_dim, key_heads * key_dim, value_heads * value_dim)
     for way in ("forward", "backward"):
         for packed in (False, True):
             yield Variant(f"conv_{way}", {"sizes": sizes, "dtype": dtype, "packed": packed})
         yield Variant(f"gates_{way}", {"heads": value_heads, "dtype": dtype})
-        yield Variant(f"norm_{way}", {"dim": 128, "dtype": dtype})
+        if value_dim in (64, 128, 256):
+            yield Variant(f"norm_{way}", {"dim": value_dim, "dtype": dtype})
 
 
 def variants(
     key_heads: int,
     value_heads: int,
     *,
+    key_dim: int = 128,
+    value_dim: int = 128,
     dtype: str = "bfloat16",
     gate_dtype: str = "float32",
     beta_dtype: str = "float32",
@@ -90,11 +95,14 @@ def variants(
 ) -> Iterator[Variant]:
     """Every kernel that a model with these heads can call, whatever its sequences look like.
 
+    key_dim, value_dim: of a head. The rule is called with heads of 128, for every value head as many
+        as hold its columns; only the layer's own kernels have the model's sizes.
     processors: multiprocessors of the GPU that will run them (132: H100 and H200 SXM).
     """
+    ratio = value_heads * -(-value_dim // 128) // key_heads
     for entering in (False, True):
         yield Variant("reverse_scan", {"entering": entering})
-    yield from surroundings(key_heads, value_heads, dtype)
+    yield from surroundings(key_heads, value_heads, dtype, key_dim, value_dim)
     if True in normalize:
         yield Variant("query_norms", {"dtype": dtype})
     for norm in normalize:
@@ -102,12 +110,7 @@ def variants(
         chain = {"beta_dtype": beta_dtype, **common}
         yield Variant(
             "prepare",
-            {
-                "ratio": value_heads // key_heads,
-                "gate_dtype": gate_dtype,
-                "beta_dtype": beta_dtype,
-                **common,
-            },
+            {"ratio": ratio, "gate_dtype": gate_dtype, "beta_dtype": beta_dtype, **common},
         )
         yield Variant("summary", common)
         for halves in (1, 2):
@@ -116,7 +119,7 @@ def variants(
             for store in (True, False):
                 yield Variant("reverse", {"halves": halves, "store": store, **chain})
         last = {"processors": processors, **chain}
-        yield Variant("gradients", {"ratio": value_heads // key_heads, **last})
+        yield Variant("gradients", {"ratio": ratio, **last})
         yield Variant("beta_gradient", {"smallest": SMALLEST_BETA[dtype], **last})
     yield Variant("scan", {})
 

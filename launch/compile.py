@@ -5,6 +5,7 @@ training step does not wait for a compiler; copied to the training machine, the 
 there. Arguments, all optional:
 
     model=NAME                      a file of recipes/model; or key_heads=16 value_heads=64
+                                    key_dim=128 value_dim=128
     dtype=bfloat16 gate_dtype=float32 beta_dtype=float32
     jobs=2                          compilers side by side
 """
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from cp_gdn.kernels.variants import Variant, variants
+from cp_gdn.ops.head_dims import DIM
 
 MODELS = Path(__file__).resolve().parent.parent / "recipes" / "model"
 
@@ -29,25 +31,27 @@ class Options:
     model: str | None = None
     key_heads: int = 16
     value_heads: int = 32
+    key_dim: int = 128
+    value_dim: int = 128
     dtype: str = "bfloat16"
     gate_dtype: str = "float32"
     beta_dtype: str = "float32"
     jobs: int = 2
 
 
-def heads(options: Options) -> tuple[int, int]:
+def heads(options: Options) -> tuple[int, int, int, int]:
+    """Key heads, value heads and the columns of either."""
     if options.model is None:
-        return options.key_heads, options.value_heads
+        return options.key_heads, options.value_heads, options.key_dim, options.value_dim
     path = MODELS / f"{options.model}.yaml"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in MODELS.glob("*.yaml")))
         raise ValueError(f"model={options.model} is not in {MODELS}; there are {known}")
     recipe = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(recipe, dict)
-    for name in ("linear_key_head_dim", "linear_value_head_dim"):
-        if recipe[name] != 128:
-            raise ValueError(f"{options.model} has {name} = {recipe[name]}; the kernels take 128")
-    return recipe["linear_num_key_heads"], recipe["linear_num_value_heads"]
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    key_heads, value_heads, key_dim, value_dim = (recipe[f"linear_{name}"] for name in names)
+    return key_heads, value_heads, key_dim, value_dim
 
 
 def build(variant: Variant) -> tuple[Variant, float]:
@@ -60,13 +64,20 @@ def main(arguments: list[str]) -> None:
     schema = OmegaConf.structured(Options)
     options = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(arguments)))
     assert isinstance(options, Options)
-    key_heads, value_heads = heads(options)
+    key_heads, value_heads, key_dim, value_dim = heads(options)
     if value_heads % key_heads:
         raise ValueError(f"{value_heads} value heads are no multiple of {key_heads} key heads")
+    if key_dim > DIM:
+        raise ValueError(
+            f"key heads of {key_dim} columns; the kernels take up to {DIM}, other models train with "
+            "model.engine=torch"
+        )
     wanted = list(
         variants(
             key_heads,
             value_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
             dtype=options.dtype,
             gate_dtype=options.gate_dtype,
             beta_dtype=options.beta_dtype,

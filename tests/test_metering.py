@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from cp_gdn.metering import CommMeter, operations
+from cp_gdn.metering import MANY_SPANS, CommMeter, operations
+
+DEVICE, STREAM = torch.device("cuda", 0), object()
 
 
 class _Event:
@@ -28,17 +30,15 @@ class _Event:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", _Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 def test_a_meter_that_nobody_reads_stays_small():
     meter = CommMeter()
-    for _ in range(50):
-        with meter.span(8, torch.device("cuda", 0), "a message"):
-            pass
-    assert len(meter._spans) == 1
-    assert meter.take() == {"bytes": 400, "seconds": pytest.approx(0.05), "calls": 50}
+    for _ in range(150):
+        meter.end(meter.begin(8, DEVICE, "a message", STREAM))
+    assert len(meter._spans) + len(meter._free) == MANY_SPANS
+    assert meter.take() == {"bytes": 1200, "seconds": pytest.approx(0.15), "calls": 150}
     assert not meter._spans and meter.take()["seconds"] == 0.0
 
 
@@ -46,9 +46,11 @@ def test_the_events_of_a_span_that_is_watched_are_not_used_again():
     meter, seen = CommMeter(), []
     operations.start()
     try:
-        for _ in range(3):
-            with meter.span(8, torch.device("cuda", 0), lambda: "a message"):
-                seen.append(operations._open[-1].done)
+        for _ in range(2 * MANY_SPANS):
+            exchange = meter.begin(8, DEVICE, lambda: "a message", STREAM)
+            seen.append(operations._open[-1].done)
+            meter.end(exchange)
     finally:
         operations.stop()
-    assert len(set(map(id, seen))) == 3 and len(meter._spans) == 1
+    assert len(set(map(id, seen))) == 2 * MANY_SPANS and not meter._free
+    assert len(meter._spans) == MANY_SPANS

@@ -29,7 +29,8 @@ def gated_delta_rule_flops(
         2 [ 2 C K Hk + (3 K V + 2 C V) Hv ]
 
     With K = V = 128 and C = 64 these are 8 + 2 Hk / Hv products of 64 x 64 x 128 for every chunk
-    and value head. The triangular inverse and elementwise work are left out.
+    and value head. The triangular inverse and elementwise work are left out, and the zeros that
+    fill up other heads on kernels of 128.
     """
     C, K, V = chunk, head_k_dim, head_v_dim
     return 2.0 * (2 * C * K * num_k_heads + (3 * K * V + 2 * C * V) * num_v_heads)

@@ -275,6 +275,9 @@ class TorchRun:
         as soon: here it has."""
         return None
 
+    def meanwhile(self) -> None:
+        """What :meth:`close` can do before late states come: nothing on this engine."""
+
     def close(self, incoming: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor]:
         """Outputs [B, T, Hv, V] in the dtype of v, and final states, from the late states of the leading sequences."""
         h0 = self._complete(self._h0, slice(0, self._left), incoming)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import boundary, comm
 from ..context import CPContext, build_cp_context, debug_enabled
-from . import chunked, hopper
+from . import chunked, head_dims, hopper
 from .engines import use_kernels
 from .reference import l2_normalize
 from .sharded import documents, ends, sharded_backward, sharded_forward
@@ -57,8 +57,8 @@ def chunk_gated_delta_rule(
         cu_seqlens: document offsets of packed sequences [N + 1], B = 1; read on the host. Leave it out with a
             ``cp_context``, which carries them.
         cp_context: from :func:`cp_gdn.build_cp_context`; every rank of its group must call, and backpropagate.
-        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K = V = 128), or "auto": tilelang where it can,
-            else torch.
+        engine: "torch" (any device), "tilelang" (Hopper, bf16 or fp16, K up to 128; what other heads than K = V = 128
+            cost is in docs/kernels.md), or "auto": tilelang where it can, else torch.
 
     Returns:
         o [B, T, Hv, V] in the dtype of v, and the final states (fp32; fp64 with fp64 inputs) or None.
@@ -67,42 +67,55 @@ def chunk_gated_delta_rule(
         ValueError: shapes, dtypes or offsets that do not fit; with CP_GDN_DEBUG=1 also gates that are positive or NaN,
             beta outside [0, 2] and states that are not finite, on every rank of the group.
     """
-    context = _context_for(q, cu_seqlens, cp_context)
-    _check_shapes(q, k, v, g, beta, initial_state, context)
-    picked = _pick_engine(engine, q, v)
+    context = cp_context
+    if context is None or cu_seqlens is not None:
+        context = _context_for(q, cu_seqlens, cp_context)
+    kind = (
+        q.device, q.shape, k.shape, v.shape, g.shape, beta.shape,
+        q.dtype, k.dtype, v.dtype, g.dtype, beta.dtype,
+        None if initial_state is None else (initial_state.shape, initial_state.dtype),
+        engine, scale, use_qk_l2norm_in_kernel, output_final_state,
+    )  # fmt: skip
+    call = context.calls.get(kind)
+    if call is None:
+        _check_shapes(q, k, v, g, beta, initial_state, context)
+        picked, dims = _pick_engine(engine, q), (q.shape[3], v.shape[3])
+        fits = picked == "torch" or dims == (head_dims.DIM, head_dims.DIM)
+        call = context.calls[kind] = _Call(
+            picked,
+            float(q.shape[-1] ** -0.5 if scale is None else scale),
+            use_qk_l2norm_in_kernel,
+            output_final_state,
+            None if fits else dims,
+        )
     if debug_enabled():
         _check_values(g, beta, initial_state, context)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if picked == "torch" and use_qk_l2norm_in_kernel:
+    if call.engine == "torch" and use_qk_l2norm_in_kernel:
         dtype = chunked.compute_dtype(q.dtype)
         with _no_autocast(q.device.type):
             q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
-    o, final = _GatedDeltaRule.apply(
-        _Call(picked, scale, use_qk_l2norm_in_kernel, output_final_state, context),
-        initial_state,
-        q,
-        k,
-        v,
-        g,
-        beta,
-    )
-    return o, final if output_final_state else None
+    if call.dims is not None:
+        q, k, v, g, beta, initial_state = head_dims.fit(q, k, v, g, beta, initial_state)
+    o, final = _GatedDeltaRule.apply(call, context, initial_state, q, k, v, g, beta)
+    return (o, final) if call.dims is None else head_dims.restore(o, final, *call.dims)
 
 
 class _Call(NamedTuple):
-    """What a call is besides its tensors."""
+    """What a call is besides its tensors; a context keeps those whose shapes and dtypes were checked."""
 
     engine: str
     scale: float
     normalize: bool
     output_final_state: bool
-    context: CPContext
+    dims: tuple[int, int] | None  # K and V that the kernels' heads stand for, if they are others
 
-    def run(self, inputs: Sequence[Tensor]) -> chunked.TorchRun | hopper.HopperRun:
+    def run(
+        self, inputs: Sequence[Tensor], context: CPContext
+    ) -> chunked.TorchRun | hopper.HopperRun:
         if self.engine == "tilelang":
-            return hopper.HopperRun(inputs, self.scale, self.normalize, self.context)
+            return hopper.HopperRun(inputs, self.scale, self.normalize, context)
         q = inputs[0]
-        return chunked.TorchRun(inputs, self.scale, self.context.layout(q.shape[0], q.device))
+        return chunked.TorchRun(inputs, self.scale, context.layout(q.shape[0], q.device))
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -110,15 +123,15 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, initial_state: Tensor | None, *inputs: Tensor
+        ctx: Any, call: _Call, context: CPContext, initial_state: Tensor | None, *inputs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         with _no_autocast(inputs[0].device.type):  # the recurrence stays in fp32
-            run = call.run(inputs)
+            run = call.run(inputs, context)
             o, final, h0, transitions = sharded_forward(
-                run, initial_state, call.output_final_state, call.context
+                run, initial_state, call.output_final_state, context
             )
-        ctx.save_for_backward(*inputs, h0, transitions.own, transitions.by_rank, *run.kept)
-        ctx.call, ctx.plan = call, run.plan
+        ctx.save_for_backward(*inputs, h0, *transitions, *run.kept)
+        ctx.call, ctx.context, ctx.plan = call, context, run.plan
         ctx.state_shape = None if initial_state is None else initial_state.shape
         return o, final
 
@@ -126,10 +139,11 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         do, dfinal = grads
         call: _Call = ctx.call
+        context: CPContext = ctx.context
         saved = ctx.saved_tensors
         inputs, (h0, own, by_rank), kept = saved[:5], saved[5:8], saved[8:]
         with _no_autocast(do.device.type):
-            run = call.run(inputs)
+            run = call.run(inputs, context)
             run.kept, run.plan = kept, ctx.plan
             out = sharded_backward(
                 run,
@@ -137,46 +151,46 @@ class _GatedDeltaRule(torch.autograd.Function):
                 do,
                 dfinal if call.output_final_state else None,
                 boundary.Transitions(own, by_rank),
-                call.context,
+                context,
             )
         d_initial = None
         if ctx.state_shape is not None:
-            out.dh0[: ends(call.context, run.num_sequences).left] = 0
+            out.dh0[: ends(context, run.num_sequences).left] = 0
             d_initial = out.dh0.new_zeros(ctx.state_shape)
-            d_initial[documents(call.context, run.num_sequences)] = out.dh0
-        return (
-            None,
-            d_initial,
-            *(grad.to(x.dtype) for grad, x in zip(out[:5], inputs, strict=True)),
-        )
+            d_initial[documents(context, run.num_sequences)] = out.dh0
+        gradients = [
+            grad if grad.dtype == x.dtype else grad.to(x.dtype)
+            for grad, x in zip(out[:5], inputs, strict=True)
+        ]
+        return None, None, d_initial, *gradients
+
+
+_AS_IT_IS = nullcontext()
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:
     """Without autocast; entering torch.autocast costs ten times as much as seeing that there is none to leave."""
     enabled = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if enabled else nullcontext()
+    return torch.autocast(device, enabled=False) if enabled else _AS_IT_IS
 
 
 def _context_for(q: Tensor, cu_seqlens, cp_context: CPContext | None) -> CPContext:
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, Hk, K]")
     B, T = q.shape[:2]
-    if cp_context is None:
-        if cu_seqlens is not None and B > 1:
-            raise ValueError(
-                f"cu_seqlens with B = {B}; packed documents are one row, so reshape to [1, B * T, ...] and extend "
-                "the offsets"
-            )
-        if cu_seqlens is None:
-            return _plain_context(T, q.device)
-        return build_cp_context(seq_len=T, cu_seqlens=cu_seqlens, device=q.device)
-    if cu_seqlens is not None:
+    if cp_context is not None:
         raise ValueError(
             "both cu_seqlens and cp_context were given; under context parallelism the context carries the GLOBAL "
             "offsets: pass cu_seqlens to build_cp_context only"
         )
-    cp_context.check_tokens(q)
-    return cp_context
+    if cu_seqlens is None:
+        return _plain_context(T, q.device)
+    if B > 1:
+        raise ValueError(
+            f"cu_seqlens with B = {B}; packed documents are one row, so reshape to [1, B * T, ...] and extend "
+            "the offsets"
+        )
+    return build_cp_context(seq_len=T, cu_seqlens=cu_seqlens, device=q.device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -185,6 +199,9 @@ def _plain_context(seq_len: int, device: torch.device) -> CPContext:
 
 
 def _check_shapes(q, k, v, g, beta, initial_state, context: CPContext) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, Hk, K]")
+    context.check_tokens(q)
     B, T, Hk, K = q.shape
     if k.shape != q.shape:
         raise ValueError(
@@ -245,8 +262,8 @@ def _check_values(
         raise ValueError("; ".join(found))
 
 
-def _pick_engine(engine: str, q: Tensor, v: Tensor) -> str:
-    obstacle = None if engine == "torch" else hopper.obstacle(q, v)
+def _pick_engine(engine: str, q: Tensor) -> str:
+    obstacle = None if engine == "torch" else hopper.obstacle(q)
     picked = "tilelang" if use_kernels(engine, obstacle) else "torch"
     if engine == "auto":
         _announce(picked, q.device.type, obstacle)

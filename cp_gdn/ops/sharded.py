@@ -63,6 +63,7 @@ def sharded_forward(
         h0[: cuts.left] = 0
     if context.exchange == "serial":
         run.open(h0, cuts.left, cuts.right, summarise=False)
+        run.meanwhile()
         S_in = boundary.receive_state(run.room(cuts.each), context)
         S_out = run.leaving_state(S_in)
         if S_out is not None:
@@ -76,14 +77,17 @@ def sharded_forward(
         run.open(h0, cuts.left, cuts.right, summarise=True)
         pending = None
         if context.any_crossing:
-            if cuts.right:
-                summary = run.leaving(transition=context.through(context.rank))
-            else:
-                summary = Summary(None, run.room(cuts.each))
-            pending = boundary.start_exchange_states(summary, context)
-        S_in = pending.wait()[0] if pending and cuts.left else None
+            summary = (
+                run.leaving(transition=context.is_through)
+                if cuts.right
+                else Summary(None, run.room(cuts.each))
+            )
+            ready = comm.mark(summary.S.device)
+            pending = boundary.start_exchange_states(summary, context, ready)
+            run.meanwhile()
+        S_in = pending.wait_there()[0] if pending and cuts.left else None
         o, states = run.close(S_in, final=output_final_state)
-        transitions = pending.wait()[1] if pending else boundary.Transitions()
+        transitions = pending.wait_there()[1] if pending else boundary.Transitions()
     h0 = _with(h0, cuts.entering, S_in, run)
 
     if not output_final_state:
@@ -114,8 +118,8 @@ def sharded_backward(
         dht = dfinal[documents(context, count)].clone()
         dht[count - cuts.right :] = 0
 
-    at_once = comm.takes_no_multiprocessor(context)
     run.open_backward(h0, do, dht, cuts.left, cuts.right)
+    at_once = comm.takes_no_multiprocessor(context)
     if context.exchange == "serial":
         dS_in = boundary.receive_state(run.room(cuts.each), context, reverse=True)
         dS_out = run.entering_gradient(dS_in) if cuts.left else None
@@ -134,10 +138,10 @@ def sharded_backward(
         pending = boundary.start_exchange_gradients(dS, transitions, context, ready)
     else:
         run.replay(at_once=at_once)
-    dS_in = pending.wait() if pending and cuts.right else None
+    dS_in = pending.wait_there() if pending and cuts.right else None
     out = run.close_backward(dS_in)
     if pending:
-        pending.wait()
+        pending.wait_there()
     return out
 
 

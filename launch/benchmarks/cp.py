@@ -1,9 +1,12 @@
 """Context parallelism on the GPUs of one host beside one GPU: ``torchrun --nproc-per-node 2 launch/bench.py op=cp``
 
 One process a GPU. Every row is one sequence of T tokens: on one GPU whole, and cut over all of them; times are of the
-operator, forward and forward + backward through autograd, launches included, each call started together and counted
-with its slowest rank; host_ms is how long the slowest host takes to issue a call. Checks first: outputs and gradients
-over the ranks against one GPU's. Writes docs/results/cp-2xh200.json and .png. Arguments:
+operator, forward and forward + backward through autograd, launches included, of the slowest rank. ms: calls that start
+cold, all ranks together, with the device idle; host_ms is how long the slowest host takes to issue one. queued_ms: of
+calls issued one after another, so that the host runs ahead as it does in training, a call's share of their time.
+cp_own_thread: autograd runs the backward in the caller's thread (torch.autograd.set_multithreading_enabled), not in one
+of its own that wakes up for it. Checks first: outputs and gradients over the ranks against one GPU's. Writes
+docs/results/cp-2xh200.json and .png. Arguments:
 
     peers=[flash_qla]    flash_qla (inter-card), fla, ulysses (head-parallel all-to-all around our kernels; it
                          sends so much that NCCL then gets all its channels, otherwise four)
@@ -31,7 +34,7 @@ from cp_gdn import boundary, build_cp_context, chunk_gated_delta_rule, comm
 
 from .cp_layers import measure_layer, measure_model
 from .cp_peers import PEERS, flash_qla_alone
-from .cp_timing import slowest, time_calls
+from .cp_timing import slowest, time_calls, time_queued
 from .inputs import draw
 from .timing import parse, pyplot, results_path, write
 
@@ -70,6 +73,7 @@ def passes(step, inputs: list[Tensor], do: Tensor) -> tuple[Callable, Callable]:
 def timed(step, sets, repeats: int, group: dist.ProcessGroup) -> dict[str, Any]:
     pairs = [passes(step, inputs, do) for inputs, do in sets]
     both = time_calls([b for _, b in pairs], repeats, group)
+    both["queued_ms"] = time_queued([b for _, b in pairs], group)
     forward = time_calls([f for f, _ in pairs], repeats, group)
     return {"forward": forward, "both": both}
 
@@ -148,20 +152,25 @@ def measure(options: Options, shape: list[int], gates: str, group) -> dict[str, 
         row[f"{exchange}_bytes"] = comm.meter.take()["bytes"]
         row[f"cp_{exchange}"] = timed(ours(context), parts, options.repeats, group)
     context = build_cp_context(group, seq_len=T, exchange=options.exchanges[0])
+    with torch.autograd.set_multithreading_enabled(False):
+        row["cp_own_thread"] = timed(ours(context), parts, options.repeats, group)
     with without_exchange():
         row["cp_without_exchange"] = timed(ours(context), parts, options.repeats, group)
     replays = [graph_of(passes(ours(context), *part)[1]) for part in parts]
     row["cp_graph"] = {"both": time_calls(replays, options.repeats, group)}
+    row["cp_graph"]["both"]["queued_ms"] = time_queued(replays, group)
     del replays
     for name in options.peers:
         peer = PEERS[name](T, group, value_heads)
         row[f"cp_{name}"] = timed(peer, parts, options.repeats, group)
         torch.cuda.empty_cache()
 
-    best = row[f"cp_{options.exchanges[0]}"]["both"]["ms"]
-    row["ratio_to_one_gpu"] = best / row["one_gpu"]["both"]["ms"]
-    if "cp_flash_qla" in row:
-        row["ratio_to_flash_qla_cp"] = best / row["cp_flash_qla"]["both"]["ms"]
+    best = row[f"cp_{options.exchanges[0]}"]["both"]
+    others = {"one_gpu": "one_gpu", "flash_qla_cp": "cp_flash_qla"}
+    for kind, suffix in (("ms", ""), ("queued_ms", "_queued")):
+        for name, other in others.items():
+            if other in row:
+                row[f"ratio_to_{name}{suffix}"] = best[kind] / row[other]["both"][kind]
     return row
 
 
@@ -170,11 +179,12 @@ def describe(row: dict[str, Any]) -> str:
     text += f" {row['what']}"
     for name, value in row.items():
         if isinstance(value, dict) and "both" in value:
-            text += f" | {name} {value['both']['ms']:.3f}"
+            both = value["both"]
+            text += f" | {name} {both['ms']:.3f}"
+            if "queued_ms" in both:
+                text += f", queued {both['queued_ms']:.3f}"
             if "forward" in value:
-                text += (
-                    f" (forward {value['forward']['ms']:.3f}, host {value['both']['host_ms']:.2f})"
-                )
+                text += f" (forward {value['forward']['ms']:.3f}, host {both['host_ms']:.2f})"
         elif name.startswith("ratio"):
             text += f" | {name} {value:.3f}"
     return text

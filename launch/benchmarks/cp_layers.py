@@ -18,6 +18,8 @@ from cp_gdn.models.hybrid import HybridConfig, HybridLM
 
 from .cp_timing import time_calls
 
+REPEATS = 4  # of a model's step
+
 
 def _step(module: nn.Module, call: Callable[[], Tensor]) -> Callable[[], None]:
     parameters = list(module.parameters())
@@ -72,12 +74,12 @@ def measure_model(layers: int, tokens: int, group: dist.ProcessGroup) -> dict[st
 
     what = f"model of {layers} layers" + (", one of softmax attention" if layers > 3 else "")
     row: dict[str, Any] = {"what": what, "T": tokens, "Hk": 16, "Hv": 32, "gates": "initial"}
-    row["one_gpu"] = {"both": time_calls([on(ids[:, :tokens], None)], 6, group)}
+    row["one_gpu"] = {"both": time_calls([on(ids[:, :tokens], None)], REPEATS, group)}
     row["one_gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     context = build_cp_context(group, seq_len=size * tokens)
-    row["cp"] = {"both": time_calls([on(context.shard(ids), context)], 6, group)}
+    row["cp"] = {"both": time_calls([on(context.shard(ids), context)], REPEATS, group)}
     row["cp_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     for name in ("one_gpu", "cp"):
         row[f"{name}_tokens_per_s_per_gpu"] = tokens / row[name]["both"]["ms"] * 1e3

@@ -195,7 +195,9 @@ def test_blocks_of_time(monkeypatch, poison, lengths, plan, block, halves):
     want = forward_and_backward(x, y, plan=plan)
     size = block * plan.segment if plan.split and len(lengths) == 1 else block
     monkeypatch.setattr(backward_opened, "block_length", lambda *_: size)
+    monkeypatch.setattr(backward_opened, "halves_of", lambda *_: halves)
     monkeypatch.setattr(backward_walk, "halves_of", lambda *_: halves)
+    monkeypatch.setattr(backward_opened, "_layouts", {})
     got = forward_and_backward(x, y, plan=plan)
     assert not [n for n, a, b in zip(NAMES, got, want, strict=True) if not torch.equal(a, b)]
 
@@ -215,6 +217,7 @@ def test_a_lost_carry_shows(monkeypatch):
         walk_block(x, walk, *rest)
 
     monkeypatch.setattr(backward_opened, "block_length", lambda *_: 3)
+    monkeypatch.setattr(backward_opened, "_layouts", {})
     monkeypatch.setattr(backward_walk, "walk_block", forgetful)
     got = forward_and_backward(x, y, plan=plan)
     assert error(got.dh0, want.dh0.double()) > 0.05

@@ -5,7 +5,6 @@ arguments, sizes of the same name being equal, everything contiguous.
 """
 
 import functools
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch
 pytest.importorskip("tilelang", reason="tilelang is not installed")
 from tilelang import tvm
 
-from cp_gdn.kernels import backward, backward_opened, backward_walk, forward
+from cp_gdn.kernels import backward, backward_opened, backward_walk, forward, layout
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -68,14 +67,15 @@ def launched(monkeypatch):
 
         return call
 
-    for module in (forward, backward_walk):
+    for module in (layout, backward_opened, backward_walk):
         monkeypatch.setattr(module, "ready", ready)
-    for module in (forward, backward_opened, backward_walk):
+    for module in (layout, backward_opened):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(forward, "check", lambda *arguments: None)
+        monkeypatch.setattr(module, "_layouts", {})
+    monkeypatch.setattr(layout, "check", lambda *arguments: None)
     monkeypatch.setattr(backward, "side_stream", lambda device: Nowhere())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Nowhere())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(backward_opened, "current_stream", lambda device: Nowhere())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     return names
 
 
@@ -130,6 +130,7 @@ def test_stages(launched, heads, left, right, normalize):
     opened = forward.open_forward(*inputs, **ends)
     forward.leaving_summary(opened, transition=bool(left))
     late = states(left, heads[1]) if left else None
+    forward.norm_queries(opened, q)
     o, _, saved = forward.close_forward(opened, q, incoming=late)
     begun = backward.open_backward(q, *inputs, saved, o, initial_state=late, **ends)
     assert backward.entering_summary(begun).shape[0] == left
@@ -137,6 +138,28 @@ def test_stages(launched, heads, left, right, normalize):
     incoming = states(right, heads[1]) if right else None
     gradients = backward.close_backward(begun, incoming=incoming)
     assert [g.shape for g in gradients[:5]] == [x.shape for x in (q, *inputs)]
+    assert launched.count("query_norms") == normalize
+
+
+@pytest.mark.parametrize("change", [None, "shape", "dtype", "option", "bad"])
+def test_calls_of_the_same_kind_are_checked_once(launched, monkeypatch, change):
+    checked = []
+    monkeypatch.setattr(layout, "check", lambda *arguments: checked.append(arguments))
+    q, k, v, g, beta = draw(1, 100, 2, 4)
+    how = {"use_qk_l2norm_in_kernel": True}
+    forward.chunk_gdn_forward(q, k, v, g, beta, **how)
+    if change == "shape":
+        q, k, v, g, beta = draw(1, 101, 2, 4)
+    elif change == "dtype":
+        g = g.bfloat16()
+    elif change == "option":
+        how = {}
+    elif change == "bad":
+        with pytest.raises(ValueError, match="expected"):
+            forward.chunk_gdn_forward(q[:, 1:], k, v, g, beta, **how)
+        return
+    forward.chunk_gdn_forward(q, k, v, g, beta, **how)
+    assert len(checked) == 1 + (change is not None)
 
 
 def test_a_wrong_argument_is_seen(launched, monkeypatch):

@@ -44,3 +44,16 @@ def test_a_model_names_every_kernel_of_its_layers():
     assert {"conv_forward", "gates_backward", "norm_forward"} <= set(named)
     assert named.count("conv_backward") == 2
     assert set(named) <= set(variants.KERNELS)
+
+
+def test_other_head_dimensions_take_the_rule_of_128():
+    variants = pytest.importorskip("cp_gdn.kernels.variants", reason="tilelang is not installed")
+    layer = ("conv", "gates", "norm")
+    alike = [v for v in variants.variants(16, 64) if not v.kernel.startswith(layer)]
+    wide = list(variants.variants(16, 32, key_dim=64, value_dim=256))
+    assert [v for v in wide if not v.kernel.startswith(layer)] == alike
+    own = {v.kernel: v.options for v in wide if v.kernel.startswith(layer)}
+    assert own["conv_forward"]["sizes"] == (1024, 1024, 8192)
+    assert own["norm_backward"]["dim"] == 256 and own["gates_forward"]["heads"] == 32
+    narrow = {v.kernel for v in variants.variants(16, 32, key_dim=32, value_dim=32)}
+    assert "recurrence" in narrow and "norm_forward" not in narrow

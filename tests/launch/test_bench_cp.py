@@ -25,6 +25,37 @@ def test_a_process_a_gpu_is_asked_for():
     assert "torchrun --nproc-per-node 2" in run.stderr
 
 
+def test_an_exchange_by_boxes_lasts_from_its_first_copy_to_its_last(benchmarks, tmp_path):
+    """65 us: a dot when the state was there, the state's copy that nobody is seen to issue, a dot when it has
+    arrived; 40 of them beside the replay and a kernel that runs beside the replay."""
+    events = [
+        _event("user_annotation", "entering", 0, 5),
+        _event("user_annotation", "exchange", 20, 10),
+        _event("user_annotation", "replay", 40, 10),
+        _event("cuda_runtime", "cudaLaunchKernel", 1, 1, correlation=1),
+        _event("cuda_runtime", "cudaMemcpyAsync", 21, 1, correlation=2),
+        _event("cuda_runtime", "cudaMemcpyAsync", 29, 1, correlation=4),
+        _event("cuda_runtime", "cudaLaunchKernel", 41, 1, correlation=5),
+        _event("cuda_runtime", "cudaLaunchKernel", 42, 1, correlation=6),
+        _event("kernel", "main_kernel", 50, 50, correlation=1, stream=7),
+        _event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 105, 1, correlation=2, stream=18),
+        _event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 160, 5, correlation=3, stream=18),
+        _event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 169, 1, correlation=4, stream=18),
+        _event("kernel", "main_kernel", 100, 35, correlation=5, stream=7),
+        _event("kernel", "main_kernel", 120, 25, correlation=6, stream=17),
+    ]
+    found = benchmarks["timeline"].spans({"traceEvents": events})
+    assert [(s["step"], s["start"], s["us"], s["copy"]) for s in found] == [
+        ("entering", 50, 50, False),
+        ("replay", 100, 35, False),
+        ("replay", 120, 25, False),
+        ("exchange", 105, 65, True),
+    ]
+    assert benchmarks["timeline"].covered(found) == {"exchange_us": 65.0, "covered_us": 40.0}
+    benchmarks["timeline"].draw_picture([found, found], tmp_path / "timeline.png")
+    assert (tmp_path / "timeline.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("name", ["cp", "timeline", "scaling"])
 def test_an_unknown_argument_is_refused(benchmarks, name):
     with pytest.raises(Exception, match="tokenz"):
@@ -68,10 +99,11 @@ def test_the_plot_has_a_bar_a_measurement(benchmarks, tmp_path):
         "ratio_to_one_gpu": 0.5,
     }
     row |= {"one_gpu": {"both": {"ms": 6.0}}}
-    row |= {"cp_ring": {"both": {"ms": 3.0, "host_ms": 1.25}, "forward": {"ms": 1.0}}}
+    ring = {"ms": 3.0, "queued_ms": 2.5, "host_ms": 1.25}
+    row |= {"cp_ring": {"both": ring, "forward": {"ms": 1.0}}}
     text = benchmarks["cp"].describe(row)
     assert "one_gpu 6.000" in text and "ratio_to_one_gpu 0.500" in text
-    assert "cp_ring 3.000 (forward 1.000, host 1.25)" in text
+    assert "cp_ring 3.000, queued 2.500 (forward 1.000, host 1.25)" in text
     benchmarks["cp"].plot([row, {**row, "what": "layer"}], tmp_path / "cp.png")
     assert (tmp_path / "cp.png").stat().st_size > 1000
 

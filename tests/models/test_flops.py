@@ -1,31 +1,22 @@
 """The operations counted for a model: against its parameters, a hand count, and torch's counter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cp_gdn.models.flops import causal_attention_flops, gated_delta_rule_flops
-from cp_gdn.models.hybrid import HybridConfig, HybridLM
+from cp_gdn.models.hybrid import HybridLM
+from tests.models.common import TINY
 
-CONFIG = HybridConfig(
-    vocab_size=61,
-    hidden_size=32,
-    num_layers=8,
-    intermediate_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-    linear_key_head_dim=8,
-    linear_value_head_dim=12,
-)
+CONFIG = replace(TINY, num_layers=8)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_projections_count_six_a_weight(tied):
     """What is left after the rule, attention and convolution is 6 times the matrices' weights."""
-    config = HybridConfig(**{**vars(CONFIG), "tie_word_embeddings": tied})
+    config = replace(CONFIG, tie_word_embeddings=tied)
     model = HybridLM(config)
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2)
     matrices -= 0 if tied else model.model.embed_tokens.weight.numel()

@@ -1,6 +1,7 @@
 """HybridLM: the same loss and gradients on one rank and on several, and transformers' Qwen3.5."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -13,24 +14,11 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 import cp_gdn
 from cp_gdn import boundary, comm
 from cp_gdn.layers import lm_head
-from cp_gdn.models.hybrid import HybridConfig, HybridLM
+from cp_gdn.models.hybrid import HybridLM
 from tests.distributed import run_ranks
 from tests.layers.common import in_float64, parameter_gradients, relative, total, worst
+from tests.models.common import TINY
 
-TINY = HybridConfig(
-    vocab_size=61,
-    hidden_size=32,
-    num_layers=4,
-    intermediate_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-    linear_key_head_dim=8,
-    linear_value_head_dim=12,
-    rope_theta=1e4,
-)
 T = 150
 PACKED = (0, 50, 51, 140, T)  # ends on a cut, is one token long, spans three ranks
 SIZES = (50, 30, 70)
@@ -297,7 +285,7 @@ def test_equals_transformers(tied):
     loss.backward()
     theirs = (loss.detach(), (labels != -100).sum(), parameter_gradients(hf))
 
-    model = HybridLM(HybridConfig(**{**vars(TINY), "tie_word_embeddings": tied})).double()
+    model = HybridLM(replace(TINY, tie_word_embeddings=tied)).double()
     model.load_state_dict(hf.state_dict())
     assert relative(model(ids).logits, logits) < 1e-10
     for ours in (one_rank(model, ids, labels), on_ranks(model, ids, labels)):
@@ -331,7 +319,7 @@ def test_bad_arguments_are_refused():
         ({"partial_rotary_factor": 1.5}, "must be at most 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            HybridConfig(**{**vars(TINY), **change})
+            replace(TINY, **change)
     model = make_model(torch.float32)
     ids, labels = tokens()
     with pytest.raises(ValueError, match="expected"):

@@ -225,9 +225,10 @@ def test_the_layer_is_as_near_to_float64_as_in_pytorch(cu_seqlens):
         assert a.dtype == b.dtype and ours < bound, (i, ours, theirs)
 
 
-def test_a_step_of_the_layer_never_waits_and_is_captured():
+@pytest.mark.parametrize("dims", [(128, 128), (64, 256)], ids=str)
+def test_a_step_of_the_layer_never_waits_and_is_captured(dims):
     torch.manual_seed(0)
-    layer = CPGatedDeltaNet(256, 2, 4, engine="tilelang").cuda()
+    layer = CPGatedDeltaNet(256, 2, 4, *dims, engine="tilelang").cuda()
     context = build_cp_context(seq_len=500, cu_seqlens=[0, 3, 200, 500], device="cuda")
     x, dy = draw(1, 500, 256), draw(1, 500, 256, seed=1)
     with torch.cuda.stream(torch.cuda.Stream()):

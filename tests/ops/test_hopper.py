@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cp_gdn import build_cp_context, chunk_gated_delta_rule
-from cp_gdn.ops import hopper
+from cp_gdn import boundary, build_cp_context, chunk_gated_delta_rule
+from cp_gdn.ops import head_dims, hopper
 from cp_gdn.ops.reference import recurrent_gated_delta_rule
 
 from ..cases import assert_close, make_case, outputs_and_gradients
@@ -93,6 +93,10 @@ def fake_leaving_state(call, *, incoming):
     return final[-call.right :]
 
 
+def fake_norm_queries(call, q):
+    assert q.shape == call.k.shape
+
+
 def fake_close_forward(call, q, *, incoming, scale, output_final_state):
     assert (incoming is None) == (call.left == 0)
     h0 = call.states(call.h0, slice(0, call.left), incoming)
@@ -158,12 +162,14 @@ def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fak
     inputs = [x.clone().requires_grad_() for x in case.inputs]
     with (
         patch.object(hopper, "obstacle", lambda *args: None),
+        patch.object(head_dims, "DIM", 8),  # of the stand-ins: 128 take their time
         patch.multiple(
             forward_kernels,
             create=True,
             open_forward=fake_open_forward,
             leaving_summary=fake_leaving_summary,
             leaving_state=leaving_state,
+            norm_queries=fake_norm_queries,
             close_forward=fake_close_forward,
         ),
         patch.multiple(
@@ -191,6 +197,18 @@ def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fak
     return [x.detach() for x in (context.gather(o), final, *grads)]
 
 
+def _recurrence(cu_seqlens):
+    def oracle(*inputs):
+        return recurrent_gated_delta_rule(
+            *inputs[:5],
+            initial_state=inputs[5],
+            cu_seqlens=cu_seqlens,
+            use_qk_l2norm_in_kernel=True,
+        )
+
+    return oracle
+
+
 @pytest.mark.parametrize("exchange", ["ring", "all_to_all", "all_gather", "serial"])
 @pytest.mark.parametrize(
     ("B", "cu_seqlens", "sizes"),
@@ -204,18 +222,48 @@ def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fak
 )
 def test_the_right_things_reach_the_kernels(exchange, B, cu_seqlens, sizes):
     case = make_case(300, 1, 4, 8, 8, B=B, N=len(cu_seqlens) - 1 if cu_seqlens else B)
-
-    def oracle(*inputs):
-        return recurrent_gated_delta_rule(
-            *inputs[:5],
-            initial_state=inputs[5],
-            cu_seqlens=cu_seqlens,
-            use_qk_l2norm_in_kernel=True,
-        )
-
-    ref = outputs_and_gradients(oracle, case)
+    ref = outputs_and_gradients(_recurrence(cu_seqlens), case)
     single = case.to(torch.float32)
     for got in run_ranks(len(sizes), _over_ranks, single, cu_seqlens, sizes, exchange):
+        assert_close(got, ref, 1e-5)
+
+
+@pytest.mark.parametrize("exchange", ["ring", "serial"])
+@pytest.mark.parametrize("dims", [(4, 16), (5, 8), (8, 4), (8, 19)], ids=str)
+def test_other_head_dimensions(dims, exchange):
+    """Heads of 8 columns reach the kernels, and their states the other ranks."""
+    case, sizes = make_case(300, 2, 4, *dims, N=6), [160, 60, 80]
+    ref = outputs_and_gradients(_recurrence(PACKED), case)
+    single = case.to(torch.float32)
+    for got in run_ranks(len(sizes), _over_ranks, single, PACKED, sizes, exchange):
+        assert_close(got, ref, 1e-5)
+
+
+def test_heads_that_fit_go_as_they_are(monkeypatch):
+    monkeypatch.setattr(head_dims, "fit", None)
+    monkeypatch.setattr(head_dims, "restore", None)
+    case = make_case(70, 1, 4, 8, 8)
+    (got,) = run_ranks(1, _over_ranks, case.to(torch.float32), None, None, "ring")
+    assert_close(got, outputs_and_gradients(_recurrence(None), case), 1e-5)
+
+
+@pytest.mark.parametrize("direction", ["exchange_states", "exchange_gradients"])
+def test_a_broken_exchange_of_other_head_dimensions_is_seen(monkeypatch, direction):
+    case, sizes = make_case(300, 2, 4, 4, 16), [100, 130, 70]
+    ref = outputs_and_gradients(_recurrence(None), case)
+    true = getattr(boundary, direction)
+
+    def dropped(*arguments):
+        out = true(*arguments)
+        S, *rest = out if isinstance(out, tuple) else (out,)
+        S = None if S is None else torch.zeros_like(S)
+        return (S, *rest) if rest else S
+
+    monkeypatch.setattr(boundary, direction, dropped)
+    got = run_ranks(3, _over_ranks, case.to(torch.float32), None, sizes, "ring")[0]
+    with pytest.raises(
+        AssertionError, match="'dk'" if direction == "exchange_gradients" else "'o'"
+    ):
         assert_close(got, ref, 1e-5)
 
 
@@ -226,12 +274,7 @@ def _only_at_close(call, *, incoming):
 def test_a_state_that_is_known_at_the_end():
     """In the exchange "serial" it is then sent from there."""
     case = make_case(300, 1, 4, 8, 8)
-    ref = outputs_and_gradients(
-        lambda *inputs: recurrent_gated_delta_rule(
-            *inputs[:5], initial_state=inputs[5], use_qk_l2norm_in_kernel=True
-        ),
-        case,
-    )
+    ref = outputs_and_gradients(_recurrence(None), case)
     single, sizes = case.to(torch.float32), [100, 130, 70]
     for got in run_ranks(3, _over_ranks, single, None, sizes, "serial", _only_at_close):
         assert_close(got, ref, 1e-5)

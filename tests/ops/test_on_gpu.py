@@ -276,6 +276,26 @@ def test_tilelang_gradients_over_two_gpus():
         assert max(errors.values()) < 8e-3, (way, errors)
 
 
+def gradients_over_virtual_ranks(case, size, exchange, cu_seqlens=None, sizes=None):
+    """What kernel_gradients returns of the whole sequence, on every virtual rank."""
+
+    def step(group):
+        context = build_cp_context(
+            group,
+            seq_len=case.do.shape[1],
+            cu_seqlens=cu_seqlens,
+            shard_sizes=sizes,
+            exchange=exchange,
+        )
+        o, final, *grads = kernel_gradients(case, context, rank=group.rank)
+        grads = [g.float() for g in grads]
+        for grad in grads:
+            group.all_reduce(grad)
+        return [context.gather(o), final, *grads]
+
+    return run_virtual_ranks(size, step, device="cuda")
+
+
 SPANNING = [0, 3, 200, 201, 470, 640]  # documents over several ranks, one of a token
 
 
@@ -291,23 +311,12 @@ SPANNING = [0, 3, 200, 201, 470, 640]  # documents over several ranks, one of a 
 )
 def test_kernels_over_many_virtual_ranks(size, cu_seqlens, sizes):
     case = kernel_case(640, len(cu_seqlens) - 1 if cu_seqlens else 1)
-
-    def step(group, exchange):
-        context = build_cp_context(
-            group, seq_len=640, cu_seqlens=cu_seqlens, shard_sizes=sizes, exchange=exchange
-        )
-        o, final, *grads = kernel_gradients(case, context, rank=group.rank)
-        grads = [g.float() for g in grads]
-        for grad in grads:
-            group.all_reduce(grad)
-        return [context.gather(o), final, *grads]
-
     ref = gradients_of_the_recurrence(case, cu_seqlens)
     alone = overall_errors(kernel_gradients(case, cu_seqlens=cu_seqlens), ref)
     # dg of slow heads scatters between roundings: one GPU's is up to 1e-2 for such cases
     bounds = {name: max(8e-3, 1.5 * error) for name, error in alone.items()}
     for exchange in EXCHANGES:
-        results = run_virtual_ranks(size, step, exchange, device="cuda")
+        results = gradients_over_virtual_ranks(case, size, exchange, cu_seqlens, sizes)
         for got in (results[0], results[-1]):
             errors = overall_errors(got, ref)
             worse = {n: (e, alone[n]) for n, e in errors.items() if e > bounds[n]}

@@ -1,0 +1,63 @@
+"""Heads of any size on kernels that take K = V = 128.
+
+    S_t = e^{g_t} (1 - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = scale S_t^T q_t
+
+A column of v meets its own column of S and no other, so a value head of n * 128 columns is n value
+heads with the same keys, gate and write strength. Zero columns add nothing: those of q and k change
+neither products nor norms and keep their rows of S zero, those of v keep theirs of S and o zero.
+Scale is the caller's, who knows K. Everything is differentiable: gradients of the gates are summed
+over the heads that share them, and those of zeros are dropped.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+DIM = 128  # columns of the kernels' heads
+
+
+def parts(value_dim: int) -> int:
+    """Heads of the kernels that hold a value head of ``value_dim`` columns."""
+    return -(-value_dim // DIM)
+
+
+def fit(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Inputs of :func:`cp_gdn.chunk_gated_delta_rule` as heads of DIM columns, K <= DIM.
+
+    With n = parts(V): q, k [B, T, Hk, DIM], v [B, T, Hv n, DIM], g, beta [B, T, Hv n], states
+    [N, Hv n, DIM, DIM]. Value head h becomes the heads from h n on, so that all keep their key head.
+    What has the right size is not copied, but for gates and states of heads that are taken apart.
+    """
+    n = parts(v.shape[3])
+    q, k, v = _resized(q, DIM), _resized(k, DIM), _resized(v, n * DIM)
+    if initial_state is not None:
+        initial_state = _resized(initial_state, DIM, n * DIM)
+    if n > 1:
+        v = v.unflatten(3, (n, DIM)).flatten(2, 3)  # [B, T, Hv * n, DIM]
+        g, beta = (x.unsqueeze(3).expand(-1, -1, -1, n).flatten(2) for x in (g, beta))
+        if initial_state is not None:  # [N, Hv * n, DIM, DIM]
+            initial_state = initial_state.unflatten(3, (n, DIM)).transpose(2, 3).flatten(1, 2)
+    return q, k, v, g, beta, initial_state
+
+
+def restore(
+    o: Tensor, final: Tensor | None, key_dim: int, value_dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs [B, T, Hv, V] and states [N, Hv, K, V] of what the kernels return for :func:`fit`."""
+    n = parts(value_dim)
+    if n > 1:
+        o = o.unflatten(2, (-1, n)).flatten(3)
+        if final is not None:
+            final = final.unflatten(1, (-1, n)).transpose(2, 3).flatten(3)
+    if final is not None:
+        final = _resized(final, key_dim, value_dim)
+    return _resized(o, value_dim), final
+
+
+def _resized(x: Tensor, *sizes: int) -> Tensor:
+    """``x`` with last dimensions of these sizes: filled up with zeros or cut, then contiguous."""
+    if x.shape[-len(sizes) :] == sizes:
+        return x
+    pairs = zip(reversed(x.shape), reversed(sizes), strict=False)
+    return F.pad(x, [n for old, new in pairs for n in (0, new - old)])

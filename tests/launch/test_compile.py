@@ -1,0 +1,40 @@
+"""The heads that launch/compile.py compiles for, from recipes and arguments. Nothing is compiled."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "compile.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    pytest.importorskip("tilelang", reason="tilelang is not installed")
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.mark.parametrize(
+    ("options", "heads"),
+    [
+        ({}, (16, 32, 128, 128)),
+        ({"key_heads": 2, "value_heads": 8, "value_dim": 256}, (2, 8, 128, 256)),
+        ({"model": "tiny"}, (2, 4, 32, 32)),
+        ({"model": "qwen3_5_0_8b"}, (16, 16, 128, 128)),
+    ],
+)
+def test_heads(script, options, heads):
+    assert script["heads"](script["Options"](**options)) == heads
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("key_dim=256", "key heads of 256 columns; the kernels take up to 128"),
+        ("value_heads=24", "24 value heads are no multiple of 16 key heads"),
+        ("model=huge", "model=huge is not in .* there are .*tiny"),
+    ],
+)
+def test_what_no_kernel_takes_is_refused(script, argument, message):
+    with pytest.raises(ValueError, match=message):
+        script["main"]([argument])
