@@ -95,6 +95,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             xs = T.alloc_shared((stages * halves * C, HALF), dtype)
             ps = T.alloc_shared((2 * C, C), dtype)
             gs = T.alloc_shared((stages, C), f32)
+            bs = T.alloc_shared((stages, C), f32)
             ein = T.alloc_shared((2, C), f32)  # -gamma
             eout = T.alloc_shared((2, C), f32)  # r
             eq = T.alloc_shared((2, C), f32)  # scale gamma
@@ -114,6 +115,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             factors = [T.alloc_fragment((BV, C), f32) for _ in range(4)]
             P = T.alloc_fragment((C, C), f32)
             Pb = T.alloc_fragment((C, C), dtype)
+            D = T.alloc_fragment((C, C), f32)
             layouts = {
                 Xf: transposed_layout(Xf),
                 xs: tilelang.layout.make_swizzled_layout(xs),
@@ -147,7 +149,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             span = T.alloc_local((2,), i32)  # segments of the block
 
             given = Given(q, k, do, a, gate, rnorm, qnorm, beta, cu)
-            room = Room(ks, qs, as_, xs, ps, gs, ein, eout, eq, lost, P, Pb)
+            room = Room(ks, qs, as_, xs, ps, gs, bs, ein, eout, eq, lost, P, Pb, D)
             if normalize:
                 room = room._replace(rs=rs, qn=qn)
             ring = Ring(full, empty, ready, spent)
@@ -218,13 +220,13 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                     done[0] += n
             else:
                 if tx < workers + 128:
-                    T.set_max_nreg(72 if halves == 2 else 104, 0)
+                    T.set_max_nreg(72 if halves == 2 else 128, 0)
                     t = tx - workers
                     make_pairs(given, room, ring, spot, scale, t)
                 else:
-                    T.set_max_nreg(24 if halves == 2 else 40, 0)
+                    T.set_max_nreg(24 if halves == 2 else 56, 0)
                     if tx < workers + 160:
-                        load(given, room, ring, spot)
+                        load(given, room, ring, spot, tx % 32)
                     elif tx < workers + 192:
                         if halves == 1 and store:
                             send(given, ring, spot, panels, out, tx)

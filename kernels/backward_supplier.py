@@ -39,12 +39,14 @@ class Room(NamedTuple):
     xs: Any  # dO
     ps: Any  # P
     gs: Any
+    bs: Any  # beta
     ein: Any  # -gamma
     eout: Any  # r
     eq: Any  # scale gamma
     lost: Any  # beta - a_ii
     P: Any
     Pb: Any
+    D: Any  # the decay between two tokens, where there are registers to have it early
     rs: Any = None  # 1 / |k| and 1 / |q|, where the kernels normalise
     qn: Any = None
 
@@ -67,35 +69,18 @@ def supplier(halves, stages, store, normalize, *, key_heads, heads):
     find_block, find_walk = walks(store=store, heads=heads)
 
     @T.macro
-    def fetch(given, spot, row, c, beta, x, t):
-        """beta[x] <- beta of a chunk's t-th row."""
-        beta[x] = 0.0
-        if t < T.min(spot.at[END] - row - c * C, C):
-            beta[x] = T.cast(given.beta[row + c * C + t, spot.h], f32)
-
-    @T.macro
     def make_pairs(given, room, ring, spot, scale, t):
-        diagonal = T.alloc_local((3 - halves,), f32)  # beta, of the next chunk, too
         find_block(given.cu, spot)
         for turn in T.serial(T.ceildiv(spot.span[1] + 1 - spot.span[0] - spot.z, spot.width)):
             part = spot.span[0] + spot.z + turn * spot.width
             find_walk(given, part, spot)
             n = spot.walk[CHUNKS]
             row = spot.at[ROW] + spot.walk[FIRST] * C
-            if halves == 1:
-                if n > 0:
-                    fetch(given, spot, row, n - 1, diagonal, 1, t)
             for i in T.serial(n):
                 c = n - 1 - i
                 s = (spot.done[0] + i) % stages
                 b = (spot.done[0] + i) % 2
                 valid = spot.at[END] - row - c * C
-                if halves == 1:
-                    diagonal[0] = diagonal[1]
-                    if i + 1 < n:
-                        fetch(given, spot, row, c - 1, diagonal, 1, t)
-                else:
-                    fetch(given, spot, row, c, diagonal, 0, t)
                 T.mbarrier_wait_parity(ring.full[s], ((spot.done[0] + i) // stages) % 2)
                 if halves == 1:  # there are registers for it
                     T.wgmma_gemm(
@@ -105,6 +90,8 @@ def supplier(halves, stages, store, normalize, *, key_heads, heads):
                         transpose_B=True,
                         clear_accum=True,
                     )
+                    for x, y in T.Parallel(C, C):
+                        room.D[x, y] = T.exp2(T.min(room.gs[s, x] - room.gs[s, y], 0.0))
                 T.mbarrier_wait_parity(ring.spent[b], ((spot.done[0] + i) // 2) % 2 ^ 1)
                 if halves == 2:
                     T.wgmma_gemm(
@@ -116,7 +103,7 @@ def supplier(halves, stages, store, normalize, *, key_heads, heads):
                     )
                 if t < C:
                     G = room.gs[s, t]
-                    room.lost[b, t] = diagonal[0] - T.cast(room.as_[s, t, t], f32)
+                    room.lost[b, t] = room.bs[s, t] - T.cast(room.as_[s, t, t], f32)
                     if normalize:
                         room.ein[b, t] = -T.exp2(G) * room.rs[s, t]
                         room.eout[b, t] = T.exp2(room.gs[s, C - 1] - G) * room.rs[s, t]
@@ -127,8 +114,12 @@ def supplier(halves, stages, store, normalize, *, key_heads, heads):
                         room.eq[b, t] = T.if_then_else(t < valid, T.exp2(G) * scale, 0.0)
                 T.wait_wgmma(0)
                 # the mask comes after the arithmetic: branches here cost more than exps
-                for x, y in T.Parallel(C, C):
-                    room.P[x, y] *= T.exp2(T.min(room.gs[s, x] - room.gs[s, y], 0.0))
+                if halves == 1:
+                    for x, y in T.Parallel(C, C):
+                        room.P[x, y] *= room.D[x, y]
+                else:
+                    for x, y in T.Parallel(C, C):
+                        room.P[x, y] *= T.exp2(T.min(room.gs[s, x] - room.gs[s, y], 0.0))
                 if normalize:
                     for x, y in T.Parallel(C, C):
                         room.P[x, y] *= scale * room.qn[s, x] * room.rs[s, y]
@@ -148,7 +139,8 @@ def supplier(halves, stages, store, normalize, *, key_heads, heads):
             spot.done[0] += n
 
     @T.macro
-    def load(given, room, ring, spot):
+    def load(given, room, ring, spot, lane):
+        beta = T.alloc_local((2,), f32)
         hk = T.truncdiv(spot.h, T.truncdiv(heads, key_heads))
         find_block(given.cu, spot)
         for turn in T.serial(T.ceildiv(spot.span[1] + 1 - spot.span[0] - spot.z, spot.width)):
@@ -161,6 +153,10 @@ def supplier(halves, stages, store, normalize, *, key_heads, heads):
                 c = n - 1 - i
                 s = (spot.done[0] + i) % stages
                 r0 = row + c * C
+                for x in T.unroll(2):
+                    beta[x] = 0.0
+                    if r0 + x * 32 + lane < spot.at[END]:
+                        beta[x] = T.cast(given.beta[r0 + x * 32 + lane, spot.h], f32)
                 T.mbarrier_wait_parity(ring.empty[s], ((spot.done[0] + i) // stages) % 2 ^ 1)
                 T.tma_copy(given.k[r0 : r0 + C, hk, :], room.ks[s, :, :], barrier=ring.full[s])
                 T.tma_copy(given.q[r0 : r0 + C, hk, :], room.qs[s, :, :], barrier=ring.full[s])
@@ -179,6 +175,8 @@ def supplier(halves, stages, store, normalize, *, key_heads, heads):
                         barrier=ring.full[s],
                     )
                 T.tma_copy(given.a[slot + c, spot.h, :, :], room.as_[s, :, :], barrier=ring.full[s])
+                for x in T.unroll(2):
+                    room.bs[s, x * 32 + lane] = beta[x]
                 T.mbarrier_arrive(ring.full[s])
             spot.done[0] += n
 
