@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cp_gdn import chunk_gated_delta_rule
 from cp_gdn.ops import engines, head_dims
@@ -68,6 +69,22 @@ def test_what_fits_is_not_copied():
     mapped = head_dims.fit(q, k, v, g, beta, h0)
     assert mapped[0] is q and mapped[1] is k and mapped[2].data_ptr() == v.data_ptr()
     assert head_dims.restore(mapped[2], None, 128, 256)[0].data_ptr() == v.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("columns", [3, 8, 20, 128, 130, 200])
+def test_columns_are_those_of_pad(dtype, columns):
+    """Whether 16 bytes can be moved at a time or not: whole rows, odd offsets, parts of a tensor."""
+    T = 6
+    whole = torch.randn(T + 1, 2, columns).to(dtype)
+    for x in (whole, whole[1:], whole.flatten()[1 : 1 + T * columns].view(T, columns), whole.mT):
+        x = x.detach().requires_grad_()
+        for count in (64, 128, 256):
+            got, ref = head_dims._columns(x, count), F.pad(x, (0, count - x.shape[-1]))
+            dy = torch.randn_like(ref)
+            assert torch.equal(got, ref)
+            pair = [torch.autograd.grad(y, x, dy)[0] for y in (got, ref)]
+            assert torch.equal(*pair)
 
 
 def test_wider_keys_are_refused(monkeypatch):
