@@ -56,6 +56,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
     turns = halves == 2
     ahead = halves == 1  # there are registers for it
     stages = 4 if halves == 1 else 3
+    vectors = stages if ahead else 2  # gate vectors in shared memory
     registers = (208, 72) if halves == 2 else (240, 120)
     BV = HALF * halves
     tiles = value_dim // BV
@@ -75,10 +76,10 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
         T.mbarrier_arrive(staged[tx // 128])
 
     @T.macro
-    def load_values(vs, ein, Vb, E, s, b, tx):
+    def load_values(vs, ein, Vb, E, s, e, tx):
         load_transposed(vs, (s * halves + tx // 128) * C, Vb, tx)
         for x, y in T.Parallel(BV, C):
-            E[x, y] = ein[b, y]
+            E[x, y] = ein[e, y]
 
     @T.macro
     def wait_turn(tx):
@@ -124,10 +125,10 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
             ps = T.alloc_shared((2 * C, C), dtype)
             os_ = T.alloc_shared((halves * C, HALF), dtype)
             gs = T.alloc_shared((stages, C), f32)
-            ein = T.alloc_shared((2, C), f32)
-            eout = T.alloc_shared((2, C), f32)
-            eq = T.alloc_shared((2, C), f32)
-            es = T.alloc_shared((2,), f32)
+            ein = T.alloc_shared((vectors, C), f32)
+            eout = T.alloc_shared((vectors, C), f32)
+            eq = T.alloc_shared((vectors, C), f32)
+            es = T.alloc_shared((vectors,), f32)
             rs = T.alloc_shared((stages, C), f32) if normalize else None
             qn = T.alloc_shared((stages, C), f32) if normalize else None
 
@@ -224,9 +225,9 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
                             Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
                     if ahead:  # before the products: shared memory answers late while they run
                         for x, y in T.Parallel(BV, C):
-                            F[x, y] = eout[b, y]
+                            F[x, y] = eout[s, y]
                         for x, y in T.Parallel(BV, C):
-                            Q[x, y] = eq[b, y]
+                            Q[x, y] = eq[s, y]
                         T.sync_warp()
                     wait_turn(tx)
                     T.wgmma_gemm(
@@ -272,8 +273,8 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
                         decay[0] = 1.0
                         if c + 1 < n:
                             T.mbarrier_wait_parity(ready[1 - b], ((c + 1) // 2) % 2)
-                            decay[0] = T.exp2(gs[t, C - 1]) if normalize else es[1 - b]
-                        load_values(vs, ein, Vb, E, t, 1 - b, tx)
+                            decay[0] = T.exp2(gs[t, C - 1]) if normalize else es[t]
+                        load_values(vs, ein, Vb, E, t, t, tx)
                         T.sync_warp()
                         T.wait_wgmma(1)  # the state; P D runs
                         T.copy(S, Sb)

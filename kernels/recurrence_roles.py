@@ -17,7 +17,8 @@ C, HALF = CHUNK, 64
 
 def auxiliary(*, stages, ahead, normalize):
     """The loop of the auxiliary warpgroup, thread `t` of 128. `ahead`: registers suffice to hold the
-    decay between two tokens while the product runs."""
+    decay between two tokens while the product runs, and a lone chain would wait for what is begun
+    only when it has left a buffer; of the gate vectors there are as many as stages."""
     at_once = ahead or not normalize
 
     @T.macro
@@ -38,26 +39,28 @@ def auxiliary(*, stages, ahead, normalize):
         for c in T.serial(n):
             s = c % stages
             b = c % 2
+            e = s if ahead else b
             T.mbarrier_wait_parity(full[s], (c // stages) % 2)
             if at_once:
                 T.wgmma_gemm(qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True)
+            if not ahead:
+                T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
+            if t < C:
+                G = gs[s, t]
+                if normalize:
+                    ein[e, t] = T.exp2(G) * rs[s, t]
+                    eout[e, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
+                    eq[e, t] = T.exp2(G) * (scale * qn[s, t])
+                else:
+                    if t == C - 1:
+                        es[e] = T.exp2(G)
+                    ein[e, t] = T.exp2(G)
+                    eout[e, t] = T.exp2(gs[s, C - 1] - G)
+                    eq[e, t] = T.exp2(G) * scale
             if ahead:  # while the product runs
                 for x, y in T.Parallel(C, C):
                     D[x, y] = T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
                 scale_pairs(D, qn, rs, s, scale)
-            T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
-            if t < C:
-                G = gs[s, t]
-                if normalize:
-                    ein[b, t] = T.exp2(G) * rs[s, t]
-                    eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
-                    eq[b, t] = T.exp2(G) * (scale * qn[s, t])
-                else:
-                    if t == C - 1:
-                        es[b] = T.exp2(G)
-                    ein[b, t] = T.exp2(G)
-                    eout[b, t] = T.exp2(gs[s, C - 1] - G)
-                    eq[b, t] = T.exp2(G) * scale
             if not at_once:
                 T.wgmma_gemm(qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True)
             T.wait_wgmma(0)
@@ -69,6 +72,8 @@ def auxiliary(*, stages, ahead, normalize):
                     P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
                 scale_pairs(P, qn, rs, s, scale)
             T.copy(P, Pb)
+            if ahead:
+                T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
             T.copy(Pb, ps[b * C : (b + 1) * C, :])
             T.fence_proxy_async()
             T.mbarrier_arrive(ready[b])
