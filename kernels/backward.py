@@ -108,10 +108,9 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     wait for multiprocessors; `at_once`: it needs none. Once: a second call does nothing.
     """
     x, device = opened, opened.q.device
-    if x.vd is not None:
+    if x.asked:
         return
-    x.vd = torch.empty(x.layout.vd, dtype=x.q.dtype, device=device)
-    x.pairs = torch.empty(x.layout.pairs, dtype=torch.int32, device=device)
+    x.asked = True
     if x.layout.in_blocks or x.layout.many:
         x.pairs.zero_()
         if not x.layout.in_blocks:  # else block by block

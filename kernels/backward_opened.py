@@ -182,14 +182,13 @@ class OpenBackward:
     truncate: bool
     cut: bool  # the dS chain runs in the forward's segments
     entering: torch.Tensor  # [NC or block, Hv, V, K], the state that enters each chunk: replay's
+    vd: torch.Tensor  # [NC or block, Hv, 64, V]
+    pairs: torch.Tensor  # [blocks, 1 + pairs] int32: how many hold a beta of nearly zero, which
     stream: torch.cuda.Stream  # the caller's
     begun: torch.cuda.Event  # when the inputs were there
     external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of summarised segments
     walk: "Walk | None" = None
-    vd: torch.Tensor | None = None  # [NC or block, Hv, 64, V], from the replay on
-    pairs: torch.Tensor | None = (
-        None  # [blocks, 1 + pairs] int32: how many hold a beta of nearly zero, which
-    )
+    asked: bool = False  # for the replay
     replayed: torch.cuda.Event | None = None
 
 
@@ -204,12 +203,15 @@ def hold(
         dfinal = dfinal.contiguous()
     if initial is not None:
         initial = initial.contiguous()
+    # the replay's, which runs on another stream: made before `begun`, which it waits for
     entering = torch.empty(layout.entering, dtype=q.dtype, device=q.device)
+    vd = torch.empty(layout.vd, dtype=q.dtype, device=q.device)
+    pairs = torch.empty(layout.pairs, dtype=torch.int32, device=q.device)
     stream = current_stream(q.device)
     return OpenBackward(
         (q, k, v, g, beta), layout, flat(q), flat(k), flat(v), flat(do), flat(beta), saved, dfinal,
         initial, KEY_DIM**-0.5 if scale is None else scale, normalize, left, right,
-        normalize or normalized, cut, entering, stream, stream.record_event(),
+        normalize or normalized, cut, entering, vd, pairs, stream, stream.record_event(),
     )  # fmt: skip
 
 
