@@ -137,10 +137,13 @@ def test_summary_has_the_bits_of_the_main_pass(kernels, halves, normalize):
 
 def test_summaries_in_halves_have_the_same_bits(kernels, monkeypatch):
     """Whether one CTA takes all columns of a chain or two take half of them each."""
+    from cp_gdn.kernels import layout
+
     x = draw([1000], 2, 4, gates="mixed", initial=True, device="cuda")
 
     def run(entire):
-        monkeypatch.setattr(kernels, "entire_jobs", lambda jobs, processors: min(jobs, entire))
+        monkeypatch.setattr(layout, "entire_jobs", lambda jobs, processors: min(jobs, entire))
+        monkeypatch.setattr(layout, "_layouts", {})
         return kernels.chunk_gdn_forward(
             x.q, x.k, x.v, x.g, x.beta, initial_state=x.initial, output_final_state=True,
             keys_normalized=True, plan=plan(kernels, 3, 2),
