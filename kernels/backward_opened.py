@@ -203,7 +203,7 @@ def hold(
         dfinal = dfinal.contiguous()
     if initial is not None:
         initial = initial.contiguous()
-    # the replay's, which runs on another stream: made before `begun`, which it waits for
+    # the replay's, which waits on another stream for `begun`: torch may fill new memory, on this one
     entering = torch.empty(layout.entering, dtype=q.dtype, device=q.device)
     vd = torch.empty(layout.vd, dtype=q.dtype, device=q.device)
     pairs = torch.empty(layout.pairs, dtype=torch.int32, device=q.device)
