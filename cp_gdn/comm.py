@@ -44,7 +44,7 @@ def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
         return f"to ranks {targets}, from ranks {sources}"
 
     stream = _stream_of(device)
-    exchange = meter.begin(sum([t.nbytes for _, t in outgoing]), device, what, stream)
+    exchange = meter.begin(_nbytes(*[t for _, t in outgoing]), device, what, stream)
     if isinstance(group, VirtualGroup):
         group.exchange(outgoing, incoming)
     else:

@@ -15,7 +15,7 @@ from .backward_reverse import reverse
 from .common import CHUNK, slots
 from .forward import Saved
 from .inputs import DTYPES, KEY_DIM, flat
-from .launch import current_stream, multiprocessors, ready
+from .launch import KEPT, current_stream, multiprocessors, ready
 
 # Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU.
 MANY_CHAINS = 64
@@ -23,7 +23,6 @@ BETWEEN = 1280  # bytes a token and value head between the kernels: S, dS, Vd
 LARGE = 2**30  # so many of them, and a single sequence goes block by block
 FULL = 7 / 8  # of the multiprocessors
 FEW_CHAINS = 2.5  # summaries a multiprocessor
-KEPT = 1024  # layouts
 
 
 def _check(q, saved, do, dfinal, value_heads) -> None:

@@ -34,7 +34,7 @@ def _scan(opened: OpenForward, incoming, state, transition, *, documents, mode) 
     layout, segment = opened.layout, opened.layout.plan.summarised
     left, right = layout.open_left, layout.open_right
     few = left + right + (x.k.shape[0] - 1) // (2 * segment * CHUNK)
-    listed = documents == x.documents and few < documents
+    listed = documents == layout.documents and few < documents
     jobs = few if listed else documents
     tiles = tiles if transition is None else 2 * tiles
     lanes = max(1, layout.processors // (tiles * opened.shape[-2]))
@@ -219,7 +219,7 @@ def _one_after_another(opened, q, incoming, o, final, scale, length) -> None:
         rows = slice(begin, begin + length)
         chunks = slice(begin // CHUNK, (begin + length) // CHUNK)
         state = saved.states[i : i + 1]
-        part = Packed(x.k[rows], x.v[rows], x.g, x.beta, (x.cu - begin).clamp(0, length), 1)
+        part = Packed(x.k[rows], x.v[rows], x.g, x.beta, (x.cu - begin).clamp(0, length))
         parts = ("a", "gate", "rnorm", "qnorm") if opened.layout.normalize else ("a", "gate")
         cut = saved._replace(**{name: getattr(saved, name)[chunks] for name in parts})
         leaving = state if begin + length < tokens else final

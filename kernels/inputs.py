@@ -16,7 +16,6 @@ class Packed(NamedTuple):
     g: torch.Tensor  # [L, Hv]
     beta: torch.Tensor  # [L, Hv]
     cu: torch.Tensor  # [N + 1] int32
-    documents: int
 
 
 def check_states(states, expected: tuple[int, ...], name: str) -> None:
@@ -68,4 +67,4 @@ def pack(k, v, g, beta, cu_seqlens) -> Packed:
         cu = torch.arange(batch + 1, device=k.device, dtype=torch.int32) * tokens
     else:
         cu = cu_seqlens.contiguous()
-    return Packed(flat(k), flat(v), flat(g), flat(beta), cu, cu.numel() - 1)
+    return Packed(flat(k), flat(v), flat(g), flat(beta), cu)

@@ -8,6 +8,8 @@ import torch
 from tilelang.jit import JITImpl
 from tvm.runtime import Executable
 
+KEPT = 1024  # layouts, of forwards and of backwards
+
 _ready: dict[tuple[Any, ...], Callable[..., None]] = {}
 
 

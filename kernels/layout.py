@@ -9,7 +9,7 @@ from typing import Any
 
 from .common import CHUNK, slots
 from .inputs import DTYPES, KEY_DIM, check
-from .launch import multiprocessors, ready
+from .launch import KEPT, multiprocessors, ready
 from .plan import Plan, entire_jobs, plan_segments
 from .prepare import prepare
 from .qnorm import query_norms
@@ -18,7 +18,6 @@ from .scan import scan
 from .summary import summary
 
 MOST_CHUNKS = 65535  # of a launch's second grid dimension
-KEPT = 1024  # layouts
 
 
 @dataclass(frozen=True, eq=False)
