@@ -42,6 +42,7 @@ from .cp_timing import time_calls
 from .inputs import draw
 from .timing import need_gpu, parse, pyplot, results_path, write
 
+EFFICIENCY = "efficiency_against_"
 PREDICTED, MEASURED = "predicted from virtual ranks", "measured on as many GPUs"
 
 
@@ -181,7 +182,7 @@ def predict(options: Options, series: Series, notes: Notes) -> list[dict[str, An
         }  # fmt: skip
         rows.append(row)
         for reference in (r for r in rows if r["ranks"] in (1, 2)):
-            row[f"efficiency_against_{reference['ranks']}"] = series.efficiency(
+            row[f"{EFFICIENCY}{reference['ranks']}"] = series.efficiency(
                 reference["ms"], row["ms"], P // reference["ranks"]
             )
         torch.cuda.empty_cache()
@@ -210,7 +211,7 @@ def measure(options: Options, series: Series, group: dist.ProcessGroup) -> dict[
     times("one_gpu_", series.tokens, None)
     context = build_cp_context(group, seq_len=P * series.a_rank(P))
     times("", series.a_rank(P), context)
-    row["efficiency_against_1"] = series.efficiency(row["one_gpu_ms"], row["ms"], P)
+    row[f"{EFFICIENCY}1"] = series.efficiency(row["one_gpu_ms"], row["ms"], P)
     return row
 
 
@@ -229,9 +230,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             for kind, style in ((PREDICTED, {"linestyle": "--", "markerfacecolor": "none"}),
                                 (MEASURED, {"linestyle": "", "marker": "s", "markersize": 9})):  # fmt: skip
                 points = sorted(
-                    (r["ranks"], 100 * r["efficiency_against_1"])
+                    (r["ranks"], 100 * r[f"{EFFICIENCY}1"])
                     for r in own
                     if (r["tokens"], r["Hk"], r["Hv"], r["kind"]) == (*name, kind)
+                    and f"{EFFICIENCY}1" in r
                 )
                 if points:
                     style = {"marker": "o", "color": f"C{number}", **style}
@@ -280,9 +282,14 @@ def main(arguments: list[str]) -> None:
             write(path.with_name(f"{path.name}-predicted"), options, rows)
             for row in new:
                 steps = ", ".join(f"{k} {v:.3f}" for k, v in row["slowest_rank_steps_ms"].items())
+                against = ", ".join(
+                    f"{row[key]:.2f} of {key[len(EFFICIENCY) :]}'s"
+                    for key in row
+                    if key.startswith(EFFICIENCY)
+                )
                 tqdm.write(
-                    f"{each}, P={row['ranks']}: {row['ms']:.3f} ms predicted, efficiency "
-                    f"{row['efficiency_against_1']:.2f}; slowest rank: {steps}"
+                    f"{each}, P={row['ranks']}: {row['ms']:.3f} ms predicted, efficiency {against}; "
+                    f"slowest rank: {steps}"
                 )
     if rank == 0:
         found = sorted(path.parent.glob(f"{path.name}-*.json"))
