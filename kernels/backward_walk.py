@@ -18,9 +18,9 @@ from .reverse_scan import reverse_scan
 
 
 def summarise(x: OpenBackward) -> None:
-    x.external = torch.empty(x.layout.external, dtype=torch.float32, device=x.q.device)
+    x.external = x.saved.gate.new_empty(x.layout.external)
     _reverse(
-        x, x.external, x.dfinal, x.external, x.external, x.entering[:1], x.do,
+        x, x.external, x.dfinal, x.external, x.external, x.entering, x.do,
         segment=x.saved.plan.summarised, width=x.layout.external[0], store=False,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def begin_walk(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
     saved = x.saved
     dh0 = saved.gate.new_empty(x.layout.documents, x.v.shape[1], KEY_DIM, KEY_DIM)
     dstates = dh0
-    if x.cut:
+    if x.layout.cut:
         dstates = torch.empty_like(saved.states)
         scan(x, incoming, dstates, dstates, entering=False)
     carried = dh0.new_empty(2, *dh0.shape[1:])
@@ -113,9 +113,7 @@ def walk_back(
     x: OpenBackward, walk: Walk
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk [L, Hk, K], dg and dbeta [L, Hv] fp32, block by block."""
-    layout = x.layout
-    dg = x.saved.gate.new_empty(x.v.shape[:2])
-    out = torch.empty_like(x.q), torch.empty_like(x.k), dg, torch.empty_like(dg)
+    layout, out = x.layout, None
     block, pairs, buffer = layout.block, x.pairs, walk.whole
     if buffer is None:
         buffer = x.entering.new_empty(block, *x.entering.shape[1:])
@@ -129,7 +127,11 @@ def walk_back(
             replay_states(x, first, dleaving.shape[0])
         if walk.whole is None:
             walk_block(x, walk, dleaving, first, i)
+        if out is None:  # not before the device has its next work
+            dg = x.saved.gate.new_empty(x.v.shape[:2])
+            out = torch.empty_like(x.q), torch.empty_like(x.k), dg, torch.empty_like(dg)
         _gradients(x, walk, dleaving, out, pairs[i], first)
+    assert out is not None
     return out
 
 

@@ -83,10 +83,12 @@ def chunk_gated_delta_rule(
         fits = picked == "torch" or dims == (head_dims.DIM, head_dims.DIM)
         call = context.calls[kind] = _Call(
             picked,
+            q.shape[0],
             float(q.shape[-1] ** -0.5 if scale is None else scale),
             use_qk_l2norm_in_kernel,
             output_final_state,
             None if fits else dims,
+            {},
         )
     if debug_enabled():
         _check_values(g, beta, initial_state, context)
@@ -104,18 +106,22 @@ class _Call(NamedTuple):
     """What a call is besides its tensors; a context keeps those whose shapes and dtypes were checked."""
 
     engine: str
+    rows: int
     scale: float
     normalize: bool
     output_final_state: bool
     dims: tuple[int, int] | None  # K and V that the kernels' heads stand for, if they are others
+    layouts: dict[str, Any]  # of the kernels
 
     def run(
         self, inputs: Sequence[Tensor], context: CPContext
     ) -> chunked.TorchRun | hopper.HopperRun:
         if self.engine == "tilelang":
-            return hopper.HopperRun(inputs, self.scale, self.normalize, context)
-        q = inputs[0]
-        return chunked.TorchRun(inputs, self.scale, context.layout(q.shape[0], q.device))
+            return hopper.HopperRun(
+                inputs, self.rows, self.scale, self.normalize, context, self.layouts
+            )
+        layout = context.layout(self.rows, inputs[0].device)
+        return chunked.TorchRun(inputs, self.scale, layout)
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -130,7 +136,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             o, final, h0, transitions = sharded_forward(
                 run, initial_state, call.output_final_state, context
             )
-        ctx.save_for_backward(*inputs, h0, *transitions, *run.kept)
+        ctx.save_for_backward(*run.inputs, h0, *transitions, *run.kept)
         ctx.call, ctx.context, ctx.plan = call, context, run.plan
         ctx.state_shape = None if initial_state is None else initial_state.shape
         return o, final
