@@ -24,7 +24,7 @@ from .backward_walk import begin_walk, replay_states, scan, summarise, walk_back
 from .common import CHUNK
 from .forward import KEY_DIM, Saved
 from .inputs import flat
-from .launch import side_stream
+from .launch import record, side_stream, wait
 from .plan import STEADY
 
 # Value heads from which dS chains of whole sequences take no longer than the replay beside them unless
@@ -131,19 +131,20 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     if x.asked:
         return
     x.asked = True
-    if x.layout.in_blocks or x.layout.many:
+    if not x.layout.beside:
         x.pairs.zero_()
         if not x.layout.in_blocks:  # else block by block
             replay_states(x)
         return
     beside = side_stream(device)
-    beside.wait_event(x.stream.record_event() if x.open_left and not at_once else x.begun)
+    assert x.begun is not None
+    wait(beside, record(x.stream) if x.open_left and not at_once else x.begun)
     torch.cuda.set_stream(beside)
     try:
         # a dS chain that is launched beside it gets its multiprocessors first
         x.pairs.zero_()
         replay_states(x)
-        x.replayed = beside.record_event()
+        x.replayed = record(beside)
     finally:
         torch.cuda.set_stream(x.stream)
 
@@ -152,7 +153,7 @@ def begin_replay(opened: OpenBackward, *, at_once: bool) -> None:
     """Replay before entering_summary, if it runs beside that from the beginning anyway: the sooner the
     host launches it the better."""
     x = opened
-    if not (x.layout.in_blocks or x.layout.many) and (at_once or not x.open_left):
+    if x.layout.beside and (at_once or not x.open_left):
         replay(x, at_once=at_once)
 
 

@@ -15,7 +15,7 @@ from .backward_reverse import reverse
 from .common import CHUNK, slots
 from .forward import Saved
 from .inputs import DTYPES, KEY_DIM, flat
-from .launch import KEPT, current_stream, multiprocessors, ready
+from .launch import KEPT, current_stream, multiprocessors, ready, record
 
 # Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU.
 MANY_CHAINS = 64
@@ -58,6 +58,7 @@ class Layout:
     many: bool  # chains of whole sequences fill the GPU
     block: int  # chunk slots of a block of time
     in_blocks: bool  # the states, too, are made and used block by block
+    beside: bool  # the replay runs beside the dS chain, on a stream of its own
     entering: tuple[int, ...]  # shapes: what the replay makes, its lists, the summaries' states
     vd: tuple[int, ...]
     pairs: tuple[int, ...]
@@ -121,6 +122,7 @@ def _lay_out(q, v, g, beta, saved, normalize, cut, at_once) -> Layout:
     processors, tokens = multiprocessors(q.device), q.shape[0] * q.shape[1]
     documents = saved.cu_seqlens.numel() - 1
     block = block_length(saved, cut, processors)
+    many = heads * q.shape[0] >= MANY_CHAINS
     in_blocks = at_once and cut and block < slots_ and documents == 1
     room = block if in_blocks else slots_
     count = slots(tokens, documents, saved.plan.summarised * CHUNK)
@@ -139,9 +141,10 @@ def _lay_out(q, v, g, beta, saved, normalize, cut, at_once) -> Layout:
         documents=documents,
         bits=(documents - 1).bit_length(),
         chunks=max(1, ceil(tokens / CHUNK)) if documents == 1 else slots_,
-        many=heads * q.shape[0] >= MANY_CHAINS,
+        many=many,
         block=block,
         in_blocks=in_blocks,
+        beside=not in_blocks and not many,
         entering=(room, heads, KEY_DIM, KEY_DIM),
         vd=(room, heads, CHUNK, KEY_DIM),
         pairs=(ceil(slots_ / block), 1 + block * heads),
@@ -193,7 +196,7 @@ class OpenBackward:
     vd: torch.Tensor  # [NC or block, Hv, 64, V]
     pairs: torch.Tensor  # [blocks, 1 + pairs] int32: how many hold a beta of nearly zero, which
     stream: torch.cuda.Stream  # the caller's
-    begun: torch.cuda.Event  # when the inputs were there
+    begun: torch.cuda.Event | None  # when the inputs were there, for a replay beside
     external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of summarised segments
     walk: "Walk | None" = None
     asked: bool = False  # for the replay
@@ -216,7 +219,7 @@ def hold(
     return OpenBackward(
         layout, q, k, v, flat(do), beta, saved, dfinal, initial,
         KEY_DIM**-0.5 if scale is None else scale, normalize, left, right, normalize or normalized,
-        entering, vd, pairs, stream, stream.record_event(),
+        entering, vd, pairs, stream, record(stream) if layout.beside else None,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 from .backward_opened import OpenBackward, Walk, halves_of
 from .backward_replay import replay
 from .inputs import KEY_DIM
-from .launch import ready
+from .launch import ready, wait
 from .reverse_scan import reverse_scan
 
 
@@ -120,7 +120,8 @@ def walk_back(
     else:
         block, pairs = layout.chunks, x.pairs.view(1, -1)
     if x.replayed is not None:
-        x.stream.wait_event(x.replayed)
+        wait(x.stream, x.replayed)
+        x.replayed = None
     for i, first in enumerate(reversed(range(0, layout.chunks, block))):
         dleaving = buffer[: layout.chunks - first]
         if layout.in_blocks:
