@@ -103,7 +103,7 @@ def open_forward(
     kept = maps, live
     if not layout.keeps_maps:
         kept = maps.new_empty(1, *maps.shape[1:]), live.new_empty(1, *live.shape[1:])
-    qnorm = gate.new_empty(layout.rnorm)
+    qnorm = torch.empty_like(rnorm)
     saved = Saved(a, gate, rnorm, qnorm, states, x.cu, *kept, layout.plan)
     pending = layout.documents if layout.plan.split else 0
     return OpenForward(x, v.shape, initial_state, layout, saved, external, maps, live, pending)

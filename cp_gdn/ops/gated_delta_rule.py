@@ -21,7 +21,7 @@ from ..context import CPContext, build_cp_context, debug_enabled
 from . import chunked, head_dims, hopper
 from .engines import use_kernels
 from .reference import l2_normalize
-from .sharded import documents, ends, sharded_backward, sharded_forward
+from .sharded import Ends, documents, ends, sharded_backward, sharded_forward
 
 log = logging.getLogger("cp_gdn")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -83,7 +83,7 @@ def chunk_gated_delta_rule(
         fits = picked == "torch" or dims == (head_dims.DIM, head_dims.DIM)
         call = context.calls[kind] = _Call(
             picked,
-            q.shape[0],
+            ends(context, q.shape[0] * len(context.pieces)),
             float(q.shape[-1] ** -0.5 if scale is None else scale),
             use_qk_l2norm_in_kernel,
             output_final_state,
@@ -106,7 +106,7 @@ class _Call(NamedTuple):
     """What a call is besides its tensors; a context keeps those whose shapes and dtypes were checked."""
 
     engine: str
-    rows: int
+    cuts: Ends
     scale: float
     normalize: bool
     output_final_state: bool
@@ -118,9 +118,9 @@ class _Call(NamedTuple):
     ) -> chunked.TorchRun | hopper.HopperRun:
         if self.engine == "tilelang":
             return hopper.HopperRun(
-                inputs, self.rows, self.scale, self.normalize, context, self.layouts
+                inputs, self.cuts.sequences, self.scale, self.normalize, context, self.layouts
             )
-        layout = context.layout(self.rows, inputs[0].device)
+        layout = context.layout(inputs[0].shape[0], inputs[0].device)
         return chunked.TorchRun(inputs, self.scale, layout)
 
 
@@ -134,7 +134,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         with _no_autocast(inputs[0].device.type):  # the recurrence stays in fp32
             run = call.run(inputs, context)
             o, final, h0, transitions = sharded_forward(
-                run, initial_state, call.output_final_state, context
+                run, initial_state, call.output_final_state, context, call.cuts
             )
         ctx.save_for_backward(*run.inputs, h0, *transitions, *run.kept)
         ctx.call, ctx.context, ctx.plan = call, context, run.plan
@@ -158,12 +158,13 @@ class _GatedDeltaRule(torch.autograd.Function):
                 dfinal if call.output_final_state else None,
                 boundary.Transitions(own, by_rank),
                 context,
+                call.cuts,
             )
         d_initial = None
         if ctx.state_shape is not None:
-            out.dh0[: ends(context, run.num_sequences).left] = 0
+            out.dh0[: call.cuts.left] = 0
             d_initial = out.dh0.new_zeros(ctx.state_shape)
-            d_initial[documents(context, run.num_sequences)] = out.dh0
+            d_initial[documents(context, call.cuts.sequences)] = out.dh0
         gradients = [
             grad if grad.dtype == x.dtype else grad.to(x.dtype)
             for grad, x in zip(out[:5], inputs, strict=True)

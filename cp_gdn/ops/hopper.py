@@ -48,7 +48,7 @@ class HopperRun:
     def __init__(
         self,
         inputs: Sequence[Tensor],
-        rows: int,
+        num_sequences: int,
         scale: float,
         normalize: bool,
         context: CPContext,
@@ -58,7 +58,7 @@ class HopperRun:
         self._scale, self._normalize = scale, normalize
         self._context, self._layouts = context, layouts
         self._forward, self._backward = _stages()
-        self.num_sequences = len(context.pieces) if rows == 1 else rows
+        self.num_sequences = num_sequences
 
     def some_states(self, count: int) -> Tensor:
         """Zeros [count, Hv, K, V]."""
