@@ -166,7 +166,10 @@ class _Lane:
         self._idle: list[torch.cuda.Event] = []
 
     def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = self._idle.pop() if self._idle else torch.cuda.Event()
+        try:
+            event = self._idle.pop()
+        except IndexError:
+            event = torch.cuda.Event()
         event.record(stream)
         return event
 

@@ -49,8 +49,10 @@ def _idle(device: torch.device) -> list[torch.cuda.Event]:
 
 def record(stream: torch.cuda.Stream) -> torch.cuda.Event:
     """Where a stream stands, for one :func:`wait`."""
-    idle = _idle(stream.device)
-    event = idle.pop() if idle else torch.cuda.Event()
+    try:
+        event = _idle(stream.device).pop()
+    except IndexError:
+        event = torch.cuda.Event()
     event.record(stream)
     return event
 

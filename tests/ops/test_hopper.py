@@ -3,6 +3,7 @@
 What the kernels compute is tested on a GPU; here it is which tokens, states and gradients reach them, over ranks.
 """
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -166,15 +167,8 @@ def fake_close_backward(call, *, incoming):
     return _differentiate(call, incoming)
 
 
-def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fake_leaving_state):
-    context = build_cp_context(
-        dist.group.WORLD,
-        seq_len=case.do.shape[1],
-        cu_seqlens=cu_seqlens,
-        shard_sizes=sizes,
-        exchange=exchange,
-    )
-    inputs = [x.clone().requires_grad_() for x in case.inputs]
+@contextmanager
+def _kernels_replaced(leaving_state=fake_leaving_state):
     with (
         patch.object(hopper, "obstacle", lambda *args: None),
         patch.object(head_dims, "DIM", 8),  # of the stand-ins: 128 take their time
@@ -199,6 +193,19 @@ def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fak
             close_backward=fake_close_backward,
         ),
     ):
+        yield
+
+
+def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fake_leaving_state):
+    context = build_cp_context(
+        dist.group.WORLD,
+        seq_len=case.do.shape[1],
+        cu_seqlens=cu_seqlens,
+        shard_sizes=sizes,
+        exchange=exchange,
+    )
+    inputs = [x.clone().requires_grad_() for x in case.inputs]
+    with _kernels_replaced(leaving_state):
         o, final = chunk_gated_delta_rule(
             *(context.shard(x) for x in inputs[:5]),
             initial_state=inputs[5],
@@ -282,6 +289,22 @@ def test_a_broken_exchange_of_other_head_dimensions_is_seen(monkeypatch, directi
         AssertionError, match="'dk'" if direction == "exchange_gradients" else "'o'"
     ):
         assert_close(got, ref, 1e-5)
+
+
+def _changed_in_place(rank, size, case):
+    context = build_cp_context(seq_len=case.do.shape[1])
+    with _kernels_replaced():
+        inputs = [x.clone().requires_grad_() for x in case.inputs[:5]]
+        o, _ = chunk_gated_delta_rule(*inputs, cp_context=context, engine="tilelang")
+        with torch.no_grad():
+            inputs[2].zero_()
+        with pytest.raises(RuntimeError, match="inplace"):
+            o.backward(case.do)
+
+
+def test_an_input_that_changes_before_the_backward_is_noticed():
+    """What is kept of it is a view."""
+    run_ranks(1, _changed_in_place, make_case(70, 1, 4, 8, 8).to(torch.float32))
 
 
 def _only_at_close(call, *, incoming):
