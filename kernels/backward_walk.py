@@ -116,14 +116,15 @@ def walk_back(
     layout, out = x.layout, None
     block, pairs, buffer = layout.block, x.pairs, walk.whole
     if buffer is None:
-        buffer = x.entering.new_empty(block, *x.entering.shape[1:])
+        buffer = x.entering.new_empty(min(block, layout.chunks), *x.entering.shape[1:])
     else:
         block, pairs = layout.chunks, x.pairs.view(1, -1)
     if x.replayed is not None:
         wait(x.stream, x.replayed)
         x.replayed = None
     for i, first in enumerate(reversed(range(0, layout.chunks, block))):
-        dleaving = buffer[: layout.chunks - first]
+        count = layout.chunks - first
+        dleaving = buffer[:count] if count < buffer.shape[0] else buffer
         if layout.in_blocks:
             replay_states(x, first, dleaving.shape[0])
         if walk.whole is None:
