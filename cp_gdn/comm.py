@@ -104,7 +104,7 @@ def _by_mail(
     stream: torch.cuda.Stream,
 ) -> None:
     """What fits into the boxes, on one stream, so that both sides keep the order of their calls; the rest by NCCL."""
-    lane = _stream(stream.device)
+    lane = _lane(stream.device).stream
     other = stream.cuda_stream != lane.cuda_stream
     if other:
         lane.wait_stream(stream)
@@ -158,11 +158,36 @@ def _scatter_rows(
 # ---- on a stream of its own ----------------------------------------------------------------------------------------
 
 
+class _Lane:
+    """A device's stream for exchanges, and events to be recorded anew: whoever waits for them has been told."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self._idle: list[torch.cuda.Event] = []
+
+    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        try:
+            event = self._idle.pop()
+        except IndexError:
+            event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        """Once for each event recorded."""
+        event.wait(stream)
+        self._idle.append(event)
+
+
+_lane = functools.cache(_Lane)
+
+
 class Mark(NamedTuple):
     """A point of the current stream."""
 
     stream: torch.cuda.Stream
     event: torch.cuda.Event
+    lane: _Lane
 
 
 class Pending(Generic[Result]):
@@ -181,59 +206,36 @@ class Pending(Generic[Result]):
         if ready is None:
             self._result = exchange()
             return
-        lane = _stream(device)
-        lane.wait_event(ready.event)
-        _waited_for(device).append(ready.event)
-        torch.cuda.set_stream(lane)  # torch.cuda.stream looks up again what is known here
+        lane = ready.lane
+        lane.wait(lane.stream, ready.event)
+        torch.cuda.set_stream(lane.stream)  # torch.cuda.stream looks up again what is known here
         try:
             self._result = exchange()
         finally:
             torch.cuda.set_stream(ready.stream)
-        self._done = _recorded(device, lane)
+        self._done = lane.record(lane.stream)
 
     def wait(self) -> Result:
         """Let the current stream wait."""
-        if self._done is not None:
-            self._hold_up(_current_stream(self._device), self._done)
-        return self._result
+        return self._hold_up(_current_stream(self._device)) if self._done else self._result
 
     def wait_there(self) -> Result:
         """Let the stream wait that ``ready`` is of."""
-        if self._done is not None:
-            assert self._ready is not None
-            self._hold_up(self._ready.stream, self._done)
-        return self._result
+        return self._hold_up(self._ready.stream) if self._ready and self._done else self._result
 
-    def _hold_up(self, stream: torch.cuda.Stream, done: torch.cuda.Event) -> None:
-        stream.wait_event(done)
-        _waited_for(self._device).append(done)
+    def _hold_up(self, stream: torch.cuda.Stream) -> Result:
+        assert self._ready is not None and self._done is not None
+        self._ready.lane.wait(stream, self._done)
         self._done = self._inputs = None
+        return self._result
 
 
 def mark(device: torch.device) -> Mark | None:
     """Where the current stream stands, for one exchange; None on the CPU."""
     if device.type != "cuda":
         return None
-    stream = _current_stream(device)
-    return Mark(stream, _recorded(device, stream))
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
-
-
-@functools.cache
-def _waited_for(device: torch.device) -> list[torch.cuda.Event]:
-    """Events to be recorded anew: whoever waits for them has been told."""
-    return []
-
-
-def _recorded(device: torch.device, stream: torch.cuda.Stream) -> torch.cuda.Event:
-    free = _waited_for(device)
-    event = free.pop() if free else torch.cuda.Event()
-    event.record(stream)
-    return event
+    lane, stream = _lane(device), _current_stream(device)
+    return Mark(stream, lane.record(stream), lane)
 
 
 # ---- whole tensors along the sequence ------------------------------------------------------------------------------

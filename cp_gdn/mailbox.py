@@ -6,7 +6,7 @@ Every rank has a box for each peer in its memory, which the peer maps (CUDA IPC)
     receiver    waits for "full", clears it, copies out, sets the flag "empty" at the sender
 
 by copy engines and by waits and writes of the stream itself. So a message neither needs a multiprocessor nor holds one
-while it waits, as NCCL's kernels do, and costs the host four calls of the driver a side. It can be captured in a CUDA
+while it waits, as NCCL's kernels do, and costs the host three calls of the driver a side. It can be captured in a CUDA
 graph. Whoever has no such memory (other hosts, no IPC) goes by NCCL: comm.py.
 """
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 CAPACITY = 8 << 20  # bytes of a box: 128 value heads of boundary states
 _LINE = 64  # bytes from one flag to the next
-_WAIT_EQUAL = 1
+_WAIT, _WRITE = 1, 2  # operations of cuStreamBatchMemOp
+_EQUAL = 1
 _LAZY_PEER_ACCESS = 1
 
 Messages = list[tuple[int, Tensor]]
@@ -29,6 +30,18 @@ Messages = list[tuple[int, Tensor]]
 
 class _Handle(ctypes.Structure):
     _fields_ = [("bytes", ctypes.c_char * 64)]
+
+
+class _Operation(ctypes.Structure):
+    """CUstreamBatchMemOpParams, of waits and writes of 32 bits."""
+
+    _fields_ = [
+        ("operation", ctypes.c_uint),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint),
+        ("reserved", 2 * ctypes.c_uint64),
+    ]
 
 
 @functools.cache
@@ -42,7 +55,7 @@ def _driver() -> ctypes.CDLL:
         "cuIpcGetMemHandle": [ctypes.POINTER(_Handle), address],
         "cuIpcOpenMemHandle_v2": [ctypes.POINTER(address), _Handle, word],
         "cuMemcpyAsync": [address, address, size, stream],
-        "cuStreamWaitValue32_v2": [stream, address, word, word],
+        "cuStreamBatchMemOp_v2": [stream, word, ctypes.POINTER(_Operation), word],
         "cuStreamWriteValue32_v2": [stream, address, word, word],
     }.items():
         function = getattr(driver, name)
@@ -67,12 +80,13 @@ class Mailbox:
         ]  # of what rank r sends, at whoever receives it
         self._full = [flags + _LINE * r for r in range(size)]
         self._empty = [flags + _LINE * (size + r) for r in range(size)]  # my box at rank r
+        self._take_full = [_take(bases[rank] + flag) for flag in self._full]
+        self._take_empty = [_take(bases[rank] + flag) for flag in self._empty]
 
     def send(self, peer: int, tensors: Sequence[Tensor], stream: int) -> None:
         """On the stream (its handle), contiguous tensors of at most CAPACITY bytes in all."""
-        driver, here, there = _driver(), self._bases[self._rank], self._bases[peer]
-        codes = driver.cuStreamWaitValue32_v2(stream, here + self._empty[peer], 1, _WAIT_EQUAL)
-        codes |= driver.cuStreamWriteValue32_v2(stream, here + self._empty[peer], 0, 0)
+        driver, there = _driver(), self._bases[peer]
+        codes = driver.cuStreamBatchMemOp_v2(stream, 2, self._take_empty[peer], 0)
         place = there + self._box[self._rank]
         for x in tensors:
             codes |= driver.cuMemcpyAsync(place, x.data_ptr(), x.nbytes, stream)
@@ -83,14 +97,18 @@ class Mailbox:
     def receive(self, peer: int, tensors: Sequence[Tensor], stream: int) -> None:
         """What the peer's ``send`` of tensors of the same sizes brings."""
         driver, here, there = _driver(), self._bases[self._rank], self._bases[peer]
-        codes = driver.cuStreamWaitValue32_v2(stream, here + self._full[peer], 1, _WAIT_EQUAL)
-        codes |= driver.cuStreamWriteValue32_v2(stream, here + self._full[peer], 0, 0)
+        codes = driver.cuStreamBatchMemOp_v2(stream, 2, self._take_full[peer], 0)
         place = here + self._box[peer]
         for x in tensors:
             codes |= driver.cuMemcpyAsync(x.data_ptr(), place, x.nbytes, stream)
             place += x.nbytes
         codes |= driver.cuStreamWriteValue32_v2(stream, there + self._empty[self._rank], 1, 0)
         _check(codes, "receive")
+
+
+def _take(flag: int) -> ctypes.Array:
+    """Wait until a flag is set, and clear it: what cuStreamBatchMemOp does in one go."""
+    return (_Operation * 2)(_Operation(_WAIT, flag, 1, _EQUAL), _Operation(_WRITE, flag, 0, 0))
 
 
 def _check(codes: int, what: str) -> None:

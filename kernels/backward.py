@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 import torch
 
-from .backward_opened import MANY_CHAINS, OpenBackward, hold
+from .backward_opened import MANY_CHAINS, Layout, OpenBackward, hold, layout_of
 from .backward_walk import begin_walk, replay_states, scan, summarise, walk_back, walk_whole
 from .common import CHUNK
 from .forward import KEY_DIM, Saved
-from .launch import side_stream
+from .inputs import flat
+from .launch import record, side_stream, wait
 from .plan import STEADY
 
 # Value heads from which dS chains of whole sequences take no longer than the replay beside them unless
@@ -42,6 +43,18 @@ class Gradients(NamedTuple):
     dh0: torch.Tensor  # [N, Hv, K, V] fp32
 
 
+def layout_for(q, v, g, beta, saved, do, dfinal, *, normalize: bool, whole: bool) -> Layout:
+    """Of open_backward's arguments, or if `whole` of chunk_gdn_backward's; ValueError if they do not fit."""
+    chains = v.shape[2] * q.shape[0]
+    cut = saved.plan.split and chains < MANY_CHAINS
+    if whole:
+        documents = saved.cu_seqlens.numel() - 1
+        long = q.numel() >= STEADY * CHUNK * documents * q.shape[2] * q.shape[3]
+        few = chains < ENOUGH_CHAINS or (long and v.shape[2] * documents < MANY_CHAINS)
+        cut = saved.plan.split and few
+    return layout_of(q, v, g, beta, saved, do, dfinal, normalize=normalize, cut=cut, at_once=whole)
+
+
 def open_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -58,6 +71,7 @@ def open_backward(
     keys_normalized: bool = False,
     open_left: int = 0,
     open_right: int = 0,
+    layout: Layout | None = None,
 ) -> OpenBackward:
     """Begin the backward of a forward with the same arguments.
 
@@ -68,16 +82,22 @@ def open_backward(
         open_left: so many first sequences get an entering_summary; the forward was told the same.
         open_right: of so many last sequences the gradient of the final state arrives later, at
             close_backward; their rows of `dfinal` are zero.
+        layout: of arguments of the same shapes, dtypes and options, from layout_for (`whole` false).
+            Then nothing is looked up or checked, and q to beta have batch and time in one axis.
 
     Raises:
         ValueError: if do, dfinal or saved do not fit the inputs.
     """
+    if layout is None:
+        layout = layout_for(
+            q, v, g, beta, saved, do, dfinal, normalize=use_qk_l2norm_in_kernel, whole=False
+        )
+        q, k, v, beta = flat(q), flat(k), flat(v), flat(beta)
     opened = hold(
-        q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
+        layout, q, k, v, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
         keys_normalized, open_left, open_right,
-        cut=saved.plan.split and v.shape[2] * q.shape[0] < MANY_CHAINS,
     )  # fmt: skip
-    if opened.cut:
+    if layout.cut:
         summarise(opened)
     return opened
 
@@ -90,7 +110,7 @@ def entering_summary(opened: OpenBackward, *, incoming: torch.Tensor | None = No
     all shards; close_backward is then told the same.
     """
     x = opened
-    if x.cut or (x.open_right and incoming is None):
+    if x.layout.cut or (x.open_right and incoming is None):
         if x.external is None:
             summarise(x)
         total = x.saved.gate.new_empty(x.open_left, *x.saved.states.shape[1:])
@@ -111,19 +131,20 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     if x.asked:
         return
     x.asked = True
-    if x.layout.in_blocks or x.layout.many:
+    if not x.layout.beside:
         x.pairs.zero_()
         if not x.layout.in_blocks:  # else block by block
             replay_states(x)
         return
     beside = side_stream(device)
-    beside.wait_event(x.stream.record_event() if x.open_left and not at_once else x.begun)
+    assert x.begun is not None
+    wait(beside, record(x.stream) if x.open_left and not at_once else x.begun)
     torch.cuda.set_stream(beside)
     try:
         # a dS chain that is launched beside it gets its multiprocessors first
         x.pairs.zero_()
         replay_states(x)
-        x.replayed = beside.record_event()
+        x.replayed = record(beside)
     finally:
         torch.cuda.set_stream(x.stream)
 
@@ -132,7 +153,7 @@ def begin_replay(opened: OpenBackward, *, at_once: bool) -> None:
     """Replay before entering_summary, if it runs beside that from the beginning anyway: the sooner the
     host launches it the better."""
     x = opened
-    if not (x.layout.in_blocks or x.layout.many) and (at_once or not x.open_left):
+    if x.layout.beside and (at_once or not x.open_left):
         replay(x, at_once=at_once)
 
 
@@ -158,14 +179,15 @@ def close_backward(opened: OpenBackward, *, incoming: torch.Tensor | None = None
     incoming = _incoming(x, incoming)
     if x.walk is None:
         x.walk = begin_walk(x, incoming)
+    layout = x.layout
+    gates = layout.v[:3]
     dq, dk, dg, dbeta = walk_back(x, x.walk)
-    q, k, v, g, beta = x.inputs
     return Gradients(
-        dq.view(q.shape),
-        dk.view(k.shape),
-        x.walk.dv.view(v.shape),
-        dg.view(g.shape).to(g.dtype),
-        dbeta.view(beta.shape).to(beta.dtype),
+        dq.view(layout.q),
+        dk.view(layout.q),
+        x.walk.dv.view(layout.v),
+        dg.view(gates).to(layout.gate_dtype),
+        dbeta.view(gates).to(layout.beta_dtype),
         x.walk.dh0,
     )
 
@@ -184,23 +206,23 @@ def chunk_gdn_backward(
     initial_state: torch.Tensor | None = None,
     use_qk_l2norm_in_kernel: bool = False,
     keys_normalized: bool = False,
+    layout: Layout | None = None,
 ) -> Gradients:
     """Gradients of chunk_gdn_forward, whose arguments q to beta and keywords are repeated here; see
     open_backward. Between its kernels lie at most 1280 bytes a token and value head, free again on
     return; of a long sequence less (backward_opened.py)."""
-    chains = v.shape[2] * q.shape[0]
-    documents = saved.cu_seqlens.numel() - 1
-    long = q.numel() >= STEADY * CHUNK * documents * q.shape[2] * q.shape[3]
-    cut = saved.plan.split and (
-        chains < ENOUGH_CHAINS or (long and v.shape[2] * documents < MANY_CHAINS)
-    )
+    if layout is None:
+        layout = layout_for(
+            q, v, g, beta, saved, do, dfinal, normalize=use_qk_l2norm_in_kernel, whole=True
+        )
+        q, k, v, beta = flat(q), flat(k), flat(v), flat(beta)
     x = hold(
-        q, k, v, g, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
-        keys_normalized, cut=cut, at_once=True,
+        layout, q, k, v, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
+        keys_normalized,
     )  # fmt: skip
-    if x.cut:
+    if layout.cut:
         summarise(x)
-    elif x.layout.block >= x.layout.chunks and not x.layout.many:
+    elif layout.block >= layout.chunks and not layout.many:
         walk_whole(x, None)  # before the replay beside it, which would take the multiprocessors
     replay(x)
     return close_backward(x)

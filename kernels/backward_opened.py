@@ -15,7 +15,7 @@ from .backward_reverse import reverse
 from .common import CHUNK, slots
 from .forward import Saved
 from .inputs import DTYPES, KEY_DIM, flat
-from .launch import KEPT, current_stream, multiprocessors, ready
+from .launch import KEPT, current_stream, multiprocessors, ready, record
 
 # Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU.
 MANY_CHAINS = 64
@@ -46,6 +46,11 @@ def _check(q, saved, do, dfinal, value_heads) -> None:
 class Layout:
     """What backwards of the same shapes, dtypes and options have in common: sizes and kernels."""
 
+    q: tuple[int, ...]  # shapes as given, of k too
+    v: tuple[int, ...]
+    gate_dtype: torch.dtype  # of g
+    beta_dtype: torch.dtype
+    cut: bool  # the dS chain runs in the forward's segments
     processors: int  # multiprocessors of the GPU
     documents: int
     bits: int  # of a document's number
@@ -53,6 +58,7 @@ class Layout:
     many: bool  # chains of whole sequences fill the GPU
     block: int  # chunk slots of a block of time
     in_blocks: bool  # the states, too, are made and used block by block
+    beside: bool  # the replay runs beside the dS chain, on a stream of its own
     entering: tuple[int, ...]  # shapes: what the replay makes, its lists, the summaries' states
     vd: tuple[int, ...]
     pairs: tuple[int, ...]
@@ -95,10 +101,11 @@ def halves_of(chains: int, processors: int) -> int:
 _layouts: dict[tuple[Any, ...], Layout] = {}
 
 
-def _layout_of(q, v, beta, saved, do, dfinal, *, normalize, cut, at_once) -> Layout:
+def layout_of(q, v, g, beta, saved, do, dfinal, *, normalize, cut, at_once=False) -> Layout:
+    """The layout of a backward's arguments, whose checks it makes; ValueError if they do not fit."""
     kind = (
-        q.device, q.shape, v.shape, do.shape, q.dtype, beta.dtype, do.dtype, saved.a.shape,
-        saved.a.dtype, saved.cu_seqlens.shape, saved.plan, normalize, cut, at_once,
+        q.device, q.shape, v.shape, do.shape, q.dtype, g.dtype, beta.dtype, do.dtype,
+        saved.a.shape, saved.a.dtype, saved.cu_seqlens.shape, saved.plan, normalize, cut, at_once,
         None if dfinal is None else (dfinal.shape, dfinal.dtype),
     )  # fmt: skip
     layout = _layouts.get(kind)
@@ -106,15 +113,16 @@ def _layout_of(q, v, beta, saved, do, dfinal, *, normalize, cut, at_once) -> Lay
         _check(q, saved, do, dfinal, v.shape[2])
         if len(_layouts) == KEPT:
             _layouts.clear()
-        layout = _layouts[kind] = _lay_out(q, v, beta, saved, normalize, cut, at_once)
+        layout = _layouts[kind] = _lay_out(q, v, g, beta, saved, normalize, cut, at_once)
     return layout
 
 
-def _lay_out(q, v, beta, saved, normalize, cut, at_once) -> Layout:
+def _lay_out(q, v, g, beta, saved, normalize, cut, at_once) -> Layout:
     slots_, heads = saved.a.shape[:2]
     processors, tokens = multiprocessors(q.device), q.shape[0] * q.shape[1]
     documents = saved.cu_seqlens.numel() - 1
     block = block_length(saved, cut, processors)
+    many = heads * q.shape[0] >= MANY_CHAINS
     in_blocks = at_once and cut and block < slots_ and documents == 1
     room = block if in_blocks else slots_
     count = slots(tokens, documents, saved.plan.summarised * CHUNK)
@@ -124,13 +132,19 @@ def _lay_out(q, v, beta, saved, normalize, cut, at_once) -> Layout:
     segment = saved.plan.segment if cut else tokens // CHUNK + 2
     chains = (ceil(block / segment) if cut else documents) * heads
     return Layout(
+        q=q.shape,
+        v=v.shape,
+        gate_dtype=g.dtype,
+        beta_dtype=beta.dtype,
+        cut=cut,
         processors=processors,
         documents=documents,
         bits=(documents - 1).bit_length(),
         chunks=max(1, ceil(tokens / CHUNK)) if documents == 1 else slots_,
-        many=heads * q.shape[0] >= MANY_CHAINS,
+        many=many,
         block=block,
         in_blocks=in_blocks,
+        beside=not in_blocks and not many,
         entering=(room, heads, KEY_DIM, KEY_DIM),
         vd=(room, heads, CHUNK, KEY_DIM),
         pairs=(ceil(slots_ / block), 1 + block * heads),
@@ -164,7 +178,6 @@ class Walk:
 class OpenBackward:
     """A backward between its stages: its inputs with batch and time in one axis, and what it made."""
 
-    inputs: tuple[torch.Tensor, ...]  # q, k, v, g, beta as given
     layout: Layout
     q: torch.Tensor  # [L, Hk, K]
     k: torch.Tensor
@@ -179,12 +192,11 @@ class OpenBackward:
     open_left: int
     open_right: int
     truncate: bool
-    cut: bool  # the dS chain runs in the forward's segments
     entering: torch.Tensor  # [NC or block, Hv, V, K], the state that enters each chunk: replay's
     vd: torch.Tensor  # [NC or block, Hv, 64, V]
     pairs: torch.Tensor  # [blocks, 1 + pairs] int32: how many hold a beta of nearly zero, which
     stream: torch.cuda.Stream  # the caller's
-    begun: torch.cuda.Event  # when the inputs were there
+    begun: torch.cuda.Event | None  # when the inputs were there, for a replay beside
     external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of summarised segments
     walk: "Walk | None" = None
     asked: bool = False  # for the replay
@@ -192,25 +204,22 @@ class OpenBackward:
 
 
 def hold(
-    q, k, v, g, beta, saved, do, dfinal, scale, initial, normalize, normalized, left=0, right=0, *,
-    cut, at_once=False,
-):  # fmt: skip
-    layout = _layout_of(
-        q, v, beta, saved, do, dfinal, normalize=normalize, cut=cut, at_once=at_once
-    )
+    layout, q, k, v, beta, saved, do, dfinal, scale, initial, normalize, normalized, left=0, right=0
+) -> OpenBackward:
+    """Inputs with batch and time in one axis, `do` as given."""
     if dfinal is not None:
         dfinal = dfinal.contiguous()
     if initial is not None:
         initial = initial.contiguous()
     # the replay's, which waits on another stream for `begun`: torch may fill new memory, on this one
-    entering = torch.empty(layout.entering, dtype=q.dtype, device=q.device)
-    vd = torch.empty(layout.vd, dtype=q.dtype, device=q.device)
-    pairs = torch.empty(layout.pairs, dtype=torch.int32, device=q.device)
+    entering = q.new_empty(layout.entering)
+    vd = q.new_empty(layout.vd)
+    pairs = saved.cu_seqlens.new_empty(layout.pairs)
     stream = current_stream(q.device)
     return OpenBackward(
-        (q, k, v, g, beta), layout, flat(q), flat(k), flat(v), flat(do), flat(beta), saved, dfinal,
-        initial, KEY_DIM**-0.5 if scale is None else scale, normalize, left, right,
-        normalize or normalized, cut, entering, vd, pairs, stream, stream.record_event(),
+        layout, q, k, v, flat(do), beta, saved, dfinal, initial,
+        KEY_DIM**-0.5 if scale is None else scale, normalize, left, right, normalize or normalized,
+        entering, vd, pairs, stream, record(stream) if layout.beside else None,
     )  # fmt: skip
 
 

@@ -13,14 +13,14 @@ import torch
 from .backward_opened import OpenBackward, Walk, halves_of
 from .backward_replay import replay
 from .inputs import KEY_DIM
-from .launch import ready
+from .launch import ready, wait
 from .reverse_scan import reverse_scan
 
 
 def summarise(x: OpenBackward) -> None:
-    x.external = torch.empty(x.layout.external, dtype=torch.float32, device=x.q.device)
+    x.external = x.saved.gate.new_empty(x.layout.external)
     _reverse(
-        x, x.external, x.dfinal, x.external, x.external, x.entering[:1], x.do,
+        x, x.external, x.dfinal, x.external, x.external, x.entering, x.do,
         segment=x.saved.plan.summarised, width=x.layout.external[0], store=False,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def begin_walk(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
     saved = x.saved
     dh0 = saved.gate.new_empty(x.layout.documents, x.v.shape[1], KEY_DIM, KEY_DIM)
     dstates = dh0
-    if x.cut:
+    if x.layout.cut:
         dstates = torch.empty_like(saved.states)
         scan(x, incoming, dstates, dstates, entering=False)
     carried = dh0.new_empty(2, *dh0.shape[1:])
@@ -113,23 +113,27 @@ def walk_back(
     x: OpenBackward, walk: Walk
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk [L, Hk, K], dg and dbeta [L, Hv] fp32, block by block."""
-    layout = x.layout
-    dg = x.saved.gate.new_empty(x.v.shape[:2])
-    out = torch.empty_like(x.q), torch.empty_like(x.k), dg, torch.empty_like(dg)
+    layout, out = x.layout, None
     block, pairs, buffer = layout.block, x.pairs, walk.whole
     if buffer is None:
-        buffer = x.entering.new_empty(block, *x.entering.shape[1:])
+        buffer = x.entering.new_empty(min(block, layout.chunks), *x.entering.shape[1:])
     else:
         block, pairs = layout.chunks, x.pairs.view(1, -1)
     if x.replayed is not None:
-        x.stream.wait_event(x.replayed)
+        wait(x.stream, x.replayed)
+        x.replayed = None
     for i, first in enumerate(reversed(range(0, layout.chunks, block))):
-        dleaving = buffer[: layout.chunks - first]
+        count = layout.chunks - first
+        dleaving = buffer[:count] if count < buffer.shape[0] else buffer
         if layout.in_blocks:
             replay_states(x, first, dleaving.shape[0])
         if walk.whole is None:
             walk_block(x, walk, dleaving, first, i)
+        if out is None:  # not before the device has its next work
+            dg = x.saved.gate.new_empty(x.v.shape[:2])
+            out = torch.empty_like(x.q), torch.empty_like(x.k), dg, torch.empty_like(dg)
         _gradients(x, walk, dleaving, out, pairs[i], first)
+    assert out is not None
     return out
 
 

@@ -21,7 +21,7 @@ import torch
 
 from .common import CHUNK
 from .inputs import KEY_DIM, Packed, check_states, flat, pack
-from .layout import layout_of
+from .layout import Layout, layout_of
 from .opened import OpenForward, Saved
 from .plan import Plan
 from .scan import COLUMNS
@@ -63,6 +63,7 @@ def open_forward(
     keys_normalized: bool = False,
     summarise: bool = True,
     plan: Plan | None = None,
+    layout: Layout | None = None,
 ) -> OpenForward:
     """All of a forward that needs neither the queries nor states of other ranks.
 
@@ -71,27 +72,29 @@ def open_forward(
             `incoming`. Their `initial_state` is not read.
         open_right: how many, the last ones, pass their state on: leaving_summary, or leaving_state.
         summarise: False if nobody will ask for leaving_summary.
+        layout: what an earlier call with arguments of the same shapes, dtypes and values of the options
+            returned as `layout`; then nothing is looked up or checked.
 
     The other arguments are those of chunk_gdn_forward.
     """
-    layout = layout_of(
-        k, v, g, beta, cu_seqlens, initial_state, open_left=open_left, open_right=open_right,
-        normalize=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized, summarise=summarise,
-        plan=plan,
-    )  # fmt: skip
+    if layout is None:
+        layout = layout_of(
+            k, v, g, beta, cu_seqlens, initial_state, open_left=open_left, open_right=open_right,
+            normalize=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized, summarise=summarise,
+            plan=plan,
+        )  # fmt: skip
     x = pack(k, v, g, beta, cu_seqlens)
-    device, fp32 = k.device, torch.float32
-    a = torch.empty(layout.a, dtype=k.dtype, device=device)
-    gate = torch.empty(layout.gate, dtype=fp32, device=device)
-    rnorm = torch.empty(layout.rnorm, dtype=fp32, device=device)
+    a = k.new_empty(layout.a)
+    gate = k.new_empty(layout.gate, dtype=torch.float32)
+    rnorm = gate.new_empty(layout.rnorm)
     layout.prepare(x.k, x.g, x.beta, x.cu, a, gate, rnorm, layout.bits)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    external = states = torch.empty(layout.states, dtype=fp32, device=device)
+    external = states = gate.new_empty(layout.states)
     if layout.external is not None:
-        external = torch.empty(layout.external, dtype=fp32, device=device)
-    maps = torch.empty(layout.maps, dtype=torch.bfloat16, device=device)
-    live = torch.empty(layout.live, dtype=torch.int32, device=device)
+        external = gate.new_empty(layout.external)
+    maps = gate.new_empty(layout.maps, dtype=torch.bfloat16)
+    live = x.cu.new_empty(layout.live)
     if layout.summary is not None:
         layout.summary(
             x.k, x.v, a, gate, rnorm, x.cu, external if initial_state is None else initial_state,
@@ -100,7 +103,7 @@ def open_forward(
     kept = maps, live
     if not layout.keeps_maps:
         kept = maps.new_empty(1, *maps.shape[1:]), live.new_empty(1, *live.shape[1:])
-    qnorm = torch.empty(layout.rnorm, dtype=fp32, device=device)
+    qnorm = torch.empty_like(rnorm)
     saved = Saved(a, gate, rnorm, qnorm, states, x.cu, *kept, layout.plan)
     pending = layout.documents if layout.plan.split else 0
     return OpenForward(x, v.shape, initial_state, layout, saved, external, maps, live, pending)

@@ -42,6 +42,28 @@ def current_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @functools.cache
+def _idle(device: torch.device) -> list[torch.cuda.Event]:
+    """Events to be recorded anew: making one costs the host as much as recording it."""
+    return []
+
+
+def record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Where a stream stands, for one :func:`wait`."""
+    try:
+        event = _idle(stream.device).pop()
+    except IndexError:
+        event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
+def wait(stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+    """Let a stream wait for what was recorded; the event may then be recorded anew."""
+    event.wait(stream)
+    _idle(stream.device).append(event)
+
+
+@functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream for work beside the current one."""
     return torch.cuda.Stream(device)

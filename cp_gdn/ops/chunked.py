@@ -235,15 +235,15 @@ class TorchRun:
     in the sequences' own order.
 
     ``left`` and ``right`` say how many leading sequences receive their state late, and how many trailing ones pass
-    theirs on: 0, 1 or all. ``kept`` and ``plan`` are what the forward hands to the backward: nothing here, the terms
-    are made again.
+    theirs on: 0, 1 or all. ``inputs``, ``kept`` and ``plan`` are what the forward hands to the backward: here the first
+    alone, the terms are made again.
     """
 
     kept: tuple[Tensor, ...] = ()
     plan: Any = None
 
     def __init__(self, inputs: Sequence[Tensor], scale: float, layout: ChunkLayout):
-        q, k, v, g, beta = inputs
+        self.inputs = q, k, v, g, beta = inputs
         self._terms = prepare(q, k, v, g, beta, scale, layout)
         self._layout, self._dtype = layout, v.dtype
         self.num_sequences = layout.num_sequences

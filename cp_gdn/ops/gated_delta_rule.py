@@ -21,7 +21,7 @@ from ..context import CPContext, build_cp_context, debug_enabled
 from . import chunked, head_dims, hopper
 from .engines import use_kernels
 from .reference import l2_normalize
-from .sharded import documents, ends, sharded_backward, sharded_forward
+from .sharded import Ends, documents, ends, sharded_backward, sharded_forward
 
 log = logging.getLogger("cp_gdn")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -64,8 +64,8 @@ def chunk_gated_delta_rule(
         o [B, T, Hv, V] in the dtype of v, and the final states (fp32; fp64 with fp64 inputs) or None.
 
     Raises:
-        ValueError: shapes, dtypes or offsets that do not fit; with CP_GDN_DEBUG=1 also gates that are positive or NaN,
-            beta outside [0, 2] and states that are not finite, on every rank of the group.
+        ValueError: shapes, dtypes or offsets that do not fit; with CP_GDN_DEBUG=1 (when the context is made) also gates
+            that are positive or NaN, beta outside [0, 2] and states that are not finite, on every rank of the group.
     """
     context = cp_context
     if context is None or cu_seqlens is not None:
@@ -83,12 +83,14 @@ def chunk_gated_delta_rule(
         fits = picked == "torch" or dims == (head_dims.DIM, head_dims.DIM)
         call = context.calls[kind] = _Call(
             picked,
+            ends(context, q.shape[0] * len(context.pieces)),
             float(q.shape[-1] ** -0.5 if scale is None else scale),
             use_qk_l2norm_in_kernel,
             output_final_state,
             None if fits else dims,
+            {},
         )
-    if debug_enabled():
+    if context.debug:
         _check_values(g, beta, initial_state, context)
     if call.engine == "torch" and use_qk_l2norm_in_kernel:
         dtype = chunked.compute_dtype(q.dtype)
@@ -96,7 +98,7 @@ def chunk_gated_delta_rule(
             q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
     if call.dims is not None:
         q, k, v, g, beta, initial_state = head_dims.fit(q, k, v, g, beta, initial_state)
-    o, final = _GatedDeltaRule.apply(call, context, initial_state, q, k, v, g, beta)
+    o, final = _apply(call, context, initial_state, q, k, v, g, beta)
     return (o, final) if call.dims is None else head_dims.restore(o, final, *call.dims)
 
 
@@ -104,18 +106,22 @@ class _Call(NamedTuple):
     """What a call is besides its tensors; a context keeps those whose shapes and dtypes were checked."""
 
     engine: str
+    cuts: Ends
     scale: float
     normalize: bool
     output_final_state: bool
     dims: tuple[int, int] | None  # K and V that the kernels' heads stand for, if they are others
+    layouts: dict[str, Any]  # of the kernels
 
     def run(
         self, inputs: Sequence[Tensor], context: CPContext
     ) -> chunked.TorchRun | hopper.HopperRun:
         if self.engine == "tilelang":
-            return hopper.HopperRun(inputs, self.scale, self.normalize, context)
-        q = inputs[0]
-        return chunked.TorchRun(inputs, self.scale, context.layout(q.shape[0], q.device))
+            return hopper.HopperRun(
+                inputs, self.cuts.sequences, self.scale, self.normalize, context, self.layouts
+            )
+        layout = context.layout(inputs[0].shape[0], inputs[0].device)
+        return chunked.TorchRun(inputs, self.scale, layout)
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -128,9 +134,9 @@ class _GatedDeltaRule(torch.autograd.Function):
         with _no_autocast(inputs[0].device.type):  # the recurrence stays in fp32
             run = call.run(inputs, context)
             o, final, h0, transitions = sharded_forward(
-                run, initial_state, call.output_final_state, context
+                run, initial_state, call.output_final_state, context, call.cuts
             )
-        ctx.save_for_backward(*inputs, h0, *transitions, *run.kept)
+        ctx.save_for_backward(*run.inputs, h0, *transitions, *run.kept)
         ctx.call, ctx.context, ctx.plan = call, context, run.plan
         ctx.state_shape = None if initial_state is None else initial_state.shape
         return o, final
@@ -152,17 +158,23 @@ class _GatedDeltaRule(torch.autograd.Function):
                 dfinal if call.output_final_state else None,
                 boundary.Transitions(own, by_rank),
                 context,
+                call.cuts,
             )
         d_initial = None
         if ctx.state_shape is not None:
-            out.dh0[: ends(context, run.num_sequences).left] = 0
+            out.dh0[: call.cuts.left] = 0
             d_initial = out.dh0.new_zeros(ctx.state_shape)
-            d_initial[documents(context, run.num_sequences)] = out.dh0
+            d_initial[documents(context, call.cuts.sequences)] = out.dh0
         gradients = [
             grad if grad.dtype == x.dtype else grad.to(x.dtype)
             for grad, x in zip(out[:5], inputs, strict=True)
         ]
         return None, None, d_initial, *gradients
+
+
+# Function.apply without its search for functorch's wrappers, which takes as long as all the rest of it: torch refuses
+# functions like this one under functorch either way
+_apply = super(torch.autograd.Function, _GatedDeltaRule).apply
 
 
 _AS_IT_IS = nullcontext()
@@ -184,7 +196,7 @@ def _context_for(q: Tensor, cu_seqlens, cp_context: CPContext | None) -> CPConte
             "offsets: pass cu_seqlens to build_cp_context only"
         )
     if cu_seqlens is None:
-        return _plain_context(T, q.device)
+        return _plain_context(T, q.device, debug_enabled())
     if B > 1:
         raise ValueError(
             f"cu_seqlens with B = {B}; packed documents are one row, so reshape to [1, B * T, ...] and extend "
@@ -194,7 +206,7 @@ def _context_for(q: Tensor, cu_seqlens, cp_context: CPContext | None) -> CPConte
 
 
 @functools.lru_cache(maxsize=64)
-def _plain_context(seq_len: int, device: torch.device) -> CPContext:
+def _plain_context(seq_len: int, device: torch.device, debug: bool) -> CPContext:
     return build_cp_context(seq_len=seq_len, device=device)
 
 

@@ -38,23 +38,27 @@ class HopperRun:
     """One call of the operator on the kernels, in the steps of sharded.py; states [n, Hv, K, V] fp32, sequences and
     steps as in chunked.TorchRun.
 
-    ``kept`` and ``plan`` are what the forward kernels save for the backward ones.
+    ``inputs``, ``kept`` and ``plan`` are what the forward hands to the backward: ``inputs`` with batch and time in one
+    axis. ``layouts`` are those of the kernels, found at the first call of a kind.
     """
 
     kept: Sequence[Tensor] = ()
     plan: Any = None
 
-    def __init__(self, inputs: Sequence[Tensor], scale: float, normalize: bool, context: CPContext):
-        q, k, v, g, beta = inputs
-        self._inputs, self._scale, self._normalize = (q, k, v, g, beta), scale, normalize
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        num_sequences: int,
+        scale: float,
+        normalize: bool,
+        context: CPContext,
+        layouts: dict[str, Any],
+    ):
+        self.inputs = inputs
+        self._scale, self._normalize = scale, normalize
+        self._context, self._layouts = context, layouts
         self._forward, self._backward = _stages()
-        rows = q.shape[0]
-        self._offsets = None
-        self.num_sequences = rows
-        if rows == 1:
-            offsets, device = context.local_offsets, q.device
-            self._offsets = offsets if offsets.device == device else offsets.to(device)
-            self.num_sequences = len(context.pieces)
+        self.num_sequences = num_sequences
 
     def some_states(self, count: int) -> Tensor:
         """Zeros [count, Hv, K, V]."""
@@ -62,19 +66,26 @@ class HopperRun:
 
     def room(self, count: int) -> Tensor:
         """For states [count, Hv, K, V]; nothing is written there yet."""
-        q, _, v = self._inputs[:3]
-        return q.new_empty(count, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+        q, _, v, g, _ = self.inputs
+        return g.new_empty(count, *g.shape[-1:], q.shape[-1], v.shape[-1], dtype=torch.float32)
 
     def open(self, h0: Tensor | None, left: int, right: int, *, summarise: bool) -> None:
+        q, *inputs = self.inputs
+        offsets = None
+        if q.shape[0] == 1:
+            offsets = self._context.local_offsets
+            offsets = offsets if offsets.device == q.device else offsets.to(q.device)
         self._opened = self._forward.open_forward(
-            *self._inputs[1:],
+            *inputs,
             initial_state=h0,
-            cu_seqlens=self._offsets,
+            cu_seqlens=offsets,
             open_left=left,
             open_right=right,
             use_qk_l2norm_in_kernel=self._normalize,
             summarise=summarise,
+            layout=self._layouts.get("forward"),
         )
+        self._layouts["forward"] = self._opened.layout
 
     def leaving(self, *, transition: bool) -> Summary:
         return Summary(*self._forward.leaving_summary(self._opened, transition=transition))
@@ -84,37 +95,42 @@ class HopperRun:
 
     def meanwhile(self) -> None:
         """What :meth:`close` begins with and no state enters."""
-        self._forward.norm_queries(self._opened, self._inputs[0])
+        self._forward.norm_queries(self._opened, self.inputs[0])
 
     def close(self, incoming: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor]:
         """Outputs [B, T, Hv, V]; final states if asked for."""
+        opened = self._opened
         o, states, saved = self._forward.close_forward(
-            self._opened,
-            self._inputs[0],
+            opened,
+            self.inputs[0],
             incoming=incoming,
             scale=self._scale,
             output_final_state=final,
         )
+        self.inputs = (opened.q, *opened.packed[:4])
         *self.kept, self.plan = saved
         return o, states
 
     def open_backward(
         self, h0: Tensor | None, do: Tensor, dht: Tensor | None, left: int, right: int
     ) -> None:
-        dtype = self._inputs[0].dtype
-        given = (
-            *self._inputs,
-            self._forward.Saved(*self.kept, self.plan),
-            do if do.dtype == dtype else do.to(dtype),
-            dht,
-        )
+        inputs, saved = self.inputs, self._forward.Saved(*self.kept, self.plan)
+        do = do if do.dtype == inputs[0].dtype else do.to(inputs[0].dtype)
+        layout, whole = self._layouts.get("backward"), not (left or right)
+        if layout is None:
+            q, _, v, g, beta = (x.unflatten(0, do.shape[:2]) for x in inputs)
+            layout = self._layouts["backward"] = self._backward.layout_for(
+                q, v, g, beta, saved, do, dht, normalize=self._normalize, whole=whole
+            )
+        given = (*inputs, saved, do, dht)
         how = {
             "scale": self._scale,
             "initial_state": h0,
             "use_qk_l2norm_in_kernel": self._normalize,
+            "layout": layout,
         }
         self._all_known = None
-        if left or right:
+        if not whole:
             self._opened = self._backward.open_backward(
                 *given, **how, open_left=left, open_right=right
             )

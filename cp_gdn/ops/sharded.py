@@ -51,12 +51,15 @@ def ends(context: CPContext, num_sequences: int) -> Ends:
 
 
 def sharded_forward(
-    run: Run, initial_state: Tensor | None, output_final_state: bool, context: CPContext
+    run: Run,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    context: CPContext,
+    cuts: Ends,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, boundary.Transitions]:
     """o, final states of all documents or None, the states that entered the local sequences [n, Hv, K, V] (None: all
     zero), and the M for the backward."""
-    count = run.num_sequences
-    cuts = ends(context, count)
+    count = cuts.sequences
     h0 = None
     if initial_state is not None:
         h0 = initial_state[documents(context, count)].clone()
@@ -107,10 +110,10 @@ def sharded_backward(
     dfinal: Tensor | None,
     transitions: boundary.Transitions,
     context: CPContext,
+    cuts: Ends,
 ) -> chunked.Gradients:
     """All gradients of this rank's part; dh0 [n, Hv, K, V] still holds what left to the predecessor."""
-    count = run.num_sequences
-    cuts = ends(context, count)
+    count = cuts.sequences
     dht = None
     if dfinal is not None:
         if context.size > 1:

@@ -23,10 +23,12 @@ PACKED = [0, 70, 71, 200, 200, 515]
 class Nowhere:
     """A stream and an event of no device."""
 
-    def record_event(self):
-        return self
+    device = torch.device("cpu")
 
-    def wait_event(self, event):
+    def record(self, stream):
+        pass
+
+    def wait(self, stream):
         pass
 
 
@@ -79,6 +81,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(layout, "check", lambda *arguments: None)
     monkeypatch.setattr(backward, "side_stream", lambda device: Nowhere())
     monkeypatch.setattr(backward_opened, "current_stream", lambda device: Nowhere())
+    monkeypatch.setattr(torch.cuda, "Event", Nowhere)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     return names
 

@@ -3,6 +3,7 @@
 What the kernels compute is tested on a GPU; here it is which tokens, states and gradients reach them, over ranks.
 """
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from ..distributed import run_ranks
 pytest.importorskip("tilelang")
 from cp_gdn.kernels import backward as backward_kernels
 from cp_gdn.kernels import forward as forward_kernels
+from cp_gdn.kernels.inputs import flat, pack
 
 PACKED = [0, 10, 75, 76, 150, 290, 300]
 
@@ -59,11 +61,13 @@ class Call(SimpleNamespace):
 
 def fake_open_forward(
     k, v, g, beta, *, initial_state, cu_seqlens, open_left, open_right, use_qk_l2norm_in_kernel,
-    summarise,
+    summarise, layout,
 ):  # fmt: skip
+    assert layout in (None, "forward")
     return Call(
         k=k, v=v, g=g, beta=beta, h0=initial_state, cu=cu_seqlens, left=open_left,
         right=open_right, normalize=use_qk_l2norm_in_kernel, summarise=summarise,
+        packed=pack(k, v, g, beta, cu_seqlens), layout="forward",
     )  # fmt: skip
 
 
@@ -95,10 +99,12 @@ def fake_leaving_state(call, *, incoming):
 
 def fake_norm_queries(call, q):
     assert q.shape == call.k.shape
+    call.q = flat(q)
 
 
 def fake_close_forward(call, q, *, incoming, scale, output_final_state):
     assert (incoming is None) == (call.left == 0)
+    call.q = flat(q)
     h0 = call.states(call.h0, slice(0, call.left), incoming)
     o, final = _torch_rule(q, call.k, call.v, call.g, call.beta, h0, call.cu, scale, call.normalize)
     nothing = torch.zeros(0)
@@ -109,11 +115,17 @@ def fake_close_forward(call, q, *, incoming, scale, output_final_state):
     return o, final if output_final_state else None, saved
 
 
+def fake_layout_for(q, v, g, beta, saved, do, dfinal, *, normalize, whole):
+    assert v.shape == do.shape and q.shape[:2] == do.shape[:2] and beta.shape == g.shape
+    return "backward"
+
+
 def fake_open_backward(
     q, k, v, g, beta, saved, do, dfinal, *, scale, initial_state, use_qk_l2norm_in_kernel,
-    open_left, open_right,
+    open_left, open_right, layout,
 ):  # fmt: skip
-    assert saved.plan == "plan"
+    assert saved.plan == "plan" and layout == "backward"
+    q, k, v, g, beta = (x.unflatten(0, do.shape[:2]) for x in (q, k, v, g, beta))
     cu = saved.cu_seqlens if saved.cu_seqlens.numel() else None
     return Call(
         q=q, k=k, v=v, g=g, beta=beta, h0=initial_state, cu=cu, left=open_left, right=open_right,
@@ -155,15 +167,8 @@ def fake_close_backward(call, *, incoming):
     return _differentiate(call, incoming)
 
 
-def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fake_leaving_state):
-    context = build_cp_context(
-        dist.group.WORLD,
-        seq_len=case.do.shape[1],
-        cu_seqlens=cu_seqlens,
-        shard_sizes=sizes,
-        exchange=exchange,
-    )
-    inputs = [x.clone().requires_grad_() for x in case.inputs]
+@contextmanager
+def _kernels_replaced(leaving_state=fake_leaving_state):
     with (
         patch.object(hopper, "obstacle", lambda *args: None),
         patch.object(head_dims, "DIM", 8),  # of the stand-ins: 128 take their time
@@ -179,6 +184,7 @@ def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fak
         patch.multiple(
             backward_kernels,
             create=True,
+            layout_for=fake_layout_for,
             chunk_gdn_backward=fake_backward,
             open_backward=fake_open_backward,
             entering_summary=fake_entering_summary,
@@ -187,6 +193,19 @@ def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fak
             close_backward=fake_close_backward,
         ),
     ):
+        yield
+
+
+def _over_ranks(rank, size, case, cu_seqlens, sizes, exchange, leaving_state=fake_leaving_state):
+    context = build_cp_context(
+        dist.group.WORLD,
+        seq_len=case.do.shape[1],
+        cu_seqlens=cu_seqlens,
+        shard_sizes=sizes,
+        exchange=exchange,
+    )
+    inputs = [x.clone().requires_grad_() for x in case.inputs]
+    with _kernels_replaced(leaving_state):
         o, final = chunk_gated_delta_rule(
             *(context.shard(x) for x in inputs[:5]),
             initial_state=inputs[5],
@@ -270,6 +289,22 @@ def test_a_broken_exchange_of_other_head_dimensions_is_seen(monkeypatch, directi
         AssertionError, match="'dk'" if direction == "exchange_gradients" else "'o'"
     ):
         assert_close(got, ref, 1e-5)
+
+
+def _changed_in_place(rank, size, case):
+    context = build_cp_context(seq_len=case.do.shape[1])
+    with _kernels_replaced():
+        inputs = [x.clone().requires_grad_() for x in case.inputs[:5]]
+        o, _ = chunk_gated_delta_rule(*inputs, cp_context=context, engine="tilelang")
+        with torch.no_grad():
+            inputs[2].zero_()
+        with pytest.raises(RuntimeError, match="inplace"):
+            o.backward(case.do)
+
+
+def test_an_input_that_changes_before_the_backward_is_noticed():
+    """What is kept of it is a view."""
+    run_ranks(1, _changed_in_place, make_case(70, 1, 4, 8, 8).to(torch.float32))
 
 
 def _only_at_close(call, *, incoming):
