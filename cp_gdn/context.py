@@ -50,7 +50,6 @@ class CPContext:
     pieces: tuple[Piece, ...]
     position_ids: Tensor
     local_offsets: Tensor
-    debug: bool = False  # look at values, too: debug_enabled() when it was built
     _layouts: dict[tuple[int, torch.device], ChunkLayout] = field(default_factory=dict, repr=False)
     # kinds of calls (shapes, dtypes, options) that were found to fit, and what they need: of the operators
     calls: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -223,11 +222,10 @@ def build_cp_context(
         pieces=pieces,
         position_ids=positions.to(device),
         local_offsets=torch.tensor([0, *(p.end for p in pieces)], dtype=torch.int32, device=device),
-        debug=debug_enabled(),
     )
     context.layout(1, device)
     comm.warm_up(group)
-    if context.debug and size > 1:
+    if debug_enabled() and size > 1:
         _check_agreement(context)
     return context
 

@@ -64,8 +64,8 @@ def chunk_gated_delta_rule(
         o [B, T, Hv, V] in the dtype of v, and the final states (fp32; fp64 with fp64 inputs) or None.
 
     Raises:
-        ValueError: shapes, dtypes or offsets that do not fit; with CP_GDN_DEBUG=1 (when the context is made) also gates
-            that are positive or NaN, beta outside [0, 2] and states that are not finite, on every rank of the group.
+        ValueError: shapes, dtypes or offsets that do not fit; with CP_GDN_DEBUG=1 also gates that are positive or NaN,
+            beta outside [0, 2] and states that are not finite, on every rank of the group.
     """
     context = cp_context
     if context is None or cu_seqlens is not None:
@@ -90,7 +90,7 @@ def chunk_gated_delta_rule(
             None if fits else dims,
             {},
         )
-    if context.debug:
+    if debug_enabled():
         _check_values(g, beta, initial_state, context)
     if call.engine == "torch" and use_qk_l2norm_in_kernel:
         dtype = chunked.compute_dtype(q.dtype)
@@ -98,7 +98,7 @@ def chunk_gated_delta_rule(
             q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
     if call.dims is not None:
         q, k, v, g, beta, initial_state = head_dims.fit(q, k, v, g, beta, initial_state)
-    o, final = _apply(call, context, initial_state, q, k, v, g, beta)
+    o, final = _GatedDeltaRule.apply(call, context, initial_state, q, k, v, g, beta)
     return (o, final) if call.dims is None else head_dims.restore(o, final, *call.dims)
 
 
@@ -172,11 +172,6 @@ class _GatedDeltaRule(torch.autograd.Function):
         return None, None, d_initial, *gradients
 
 
-# Function.apply without its search for functorch's wrappers, which takes as long as all the rest of it: torch refuses
-# functions like this one under functorch either way
-_apply = super(torch.autograd.Function, _GatedDeltaRule).apply
-
-
 _AS_IT_IS = nullcontext()
 
 
@@ -196,7 +191,7 @@ def _context_for(q: Tensor, cu_seqlens, cp_context: CPContext | None) -> CPConte
             "offsets: pass cu_seqlens to build_cp_context only"
         )
     if cu_seqlens is None:
-        return _plain_context(T, q.device, debug_enabled())
+        return _plain_context(T, q.device)
     if B > 1:
         raise ValueError(
             f"cu_seqlens with B = {B}; packed documents are one row, so reshape to [1, B * T, ...] and extend "
@@ -206,7 +201,7 @@ def _context_for(q: Tensor, cu_seqlens, cp_context: CPContext | None) -> CPConte
 
 
 @functools.lru_cache(maxsize=64)
-def _plain_context(seq_len: int, device: torch.device, debug: bool) -> CPContext:
+def _plain_context(seq_len: int, device: torch.device) -> CPContext:
     return build_cp_context(seq_len=seq_len, device=device)
 
 
