@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .lanes import Lane, current_stream, lane_of
 from .mailbox import CAPACITY, Mailbox, Messages, open_mailbox
 from .metering import meter, operations
 from .virtual import VirtualGroup
@@ -60,19 +61,7 @@ def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
 
 def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
     """The current stream, None on the CPU."""
-    return _current_stream(device) if device.type == "cuda" else None
-
-
-_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
-
-
-def _current_stream(device: torch.device) -> torch.cuda.Stream:
-    """As torch.cuda.current_stream, which makes an object each time; here each stream has one."""
-    key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
-    stream = _streams.get(key)
-    if stream is None:
-        stream = _streams[key] = torch.cuda.current_stream(device)
-    return stream
+    return current_stream(device) if device.type == "cuda" else None
 
 
 def _send_and_receive(
@@ -104,7 +93,7 @@ def _by_mail(
     stream: torch.cuda.Stream,
 ) -> None:
     """What fits into the boxes, on one stream, so that both sides keep the order of their calls; the rest by NCCL."""
-    lane = _lane(stream.device).stream
+    lane = lane_of(stream.device).stream
     other = stream.cuda_stream != lane.cuda_stream
     if other:
         lane.wait_stream(stream)
@@ -158,36 +147,12 @@ def _scatter_rows(
 # ---- on a stream of its own ----------------------------------------------------------------------------------------
 
 
-class _Lane:
-    """A device's stream for exchanges, and events to be recorded anew: whoever waits for them has been told."""
-
-    def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device, priority=-1)
-        self._idle: list[torch.cuda.Event] = []
-
-    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        try:
-            event = self._idle.pop()
-        except IndexError:
-            event = torch.cuda.Event()
-        event.record(stream)
-        return event
-
-    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
-        """Once for each event recorded."""
-        event.wait(stream)
-        self._idle.append(event)
-
-
-_lane = functools.cache(_Lane)
-
-
 class Mark(NamedTuple):
     """A point of the current stream."""
 
     stream: torch.cuda.Stream
     event: torch.cuda.Event
-    lane: _Lane
+    lane: Lane
 
 
 class Pending(Generic[Result]):
@@ -217,7 +182,7 @@ class Pending(Generic[Result]):
 
     def wait(self) -> Result:
         """Let the current stream wait."""
-        return self._hold_up(_current_stream(self._device)) if self._done else self._result
+        return self._hold_up(current_stream(self._device)) if self._done else self._result
 
     def wait_there(self) -> Result:
         """Let the stream wait that ``ready`` is of."""
@@ -234,7 +199,7 @@ def mark(device: torch.device) -> Mark | None:
     """Where the current stream stands, for one exchange; None on the CPU."""
     if device.type != "cuda":
         return None
-    lane, stream = _lane(device), _current_stream(device)
+    lane, stream = lane_of(device), current_stream(device)
     return Mark(stream, lane.record(stream), lane)
 
 

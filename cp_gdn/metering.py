@@ -106,7 +106,8 @@ class Span(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """One that has begun: on the CPU ``since`` when, on a GPU (unless a graph is captured) with a ``span``."""
+    """One that has begun: on the CPU ``since`` when, on a GPU with a ``span``, unless nobody wants it or a graph is
+    captured."""
 
     operation: Operation | None
     since: float | None = None
@@ -118,10 +119,12 @@ class Exchange(NamedTuple):
 class CommMeter:
     """Counts what the context-parallel layers exchange: bytes sent by this rank, calls, and time.
 
-    Time is wall clock on the CPU (blocking calls) and CUDA events on the GPU. Those that have ended are read now and
-    then, as new ones begin, which use their events again, the others in :meth:`take`.
+    Time is wall clock on the CPU (blocking calls) and CUDA events on the GPU, there only where somebody has set
+    ``timed``: they cost the host. Those that have ended are read now and then, as new ones begin, which use their
+    events again, the others in :meth:`take`.
     """
 
+    timed: bool = False
     bytes: int = 0
     _calls: int = 0
     _taken: int = 0
@@ -142,7 +145,8 @@ class CommMeter:
         self._calls += 1
         if stream is None:
             return Exchange(operations.begin(what, None), since=time.perf_counter())
-        if torch.cuda.is_current_stream_capturing():
+        wanted = self.timed or operations.watched
+        if not wanted or torch.cuda.is_current_stream_capturing():
             return Exchange(None)
         span = self._next(device)
         span.before.record(stream)
@@ -171,7 +175,8 @@ class CommMeter:
         )
 
     def take(self) -> dict[str, float]:
-        """{"bytes", "seconds", "calls"} since the last call; waits for the GPU events it reads."""
+        """{"bytes", "seconds", "calls"} since the last call; waits for the GPU events it reads. On a GPU seconds are
+        those of exchanges that were ``timed``."""
         for span in self._spans:
             span.after.synchronize()
             self._seconds += span.before.elapsed_time(span.after) / 1e3

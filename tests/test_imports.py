@@ -17,6 +17,7 @@ BASE = {
     "scan",
     "comm",
     "boundary",
+    "lanes",
     "mailbox",
     "metering",
     "virtual",

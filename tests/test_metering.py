@@ -34,12 +34,19 @@ def no_gpu(monkeypatch):
 
 
 def test_a_meter_that_nobody_reads_stays_small():
-    meter = CommMeter()
+    meter = CommMeter(timed=True)
     for _ in range(150):
         meter.end(meter.begin(8, DEVICE, "a message", STREAM))
     assert len(meter._spans) + len(meter._free) == MANY_SPANS
     assert meter.take() == {"bytes": 1200, "seconds": pytest.approx(0.15), "calls": 150}
     assert not meter._spans and meter.take()["seconds"] == 0.0
+
+
+def test_what_nobody_times_or_watches_takes_no_events(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", None)
+    meter = CommMeter()
+    meter.end(meter.begin(8, DEVICE, "a message", STREAM))
+    assert meter.take() == {"bytes": 8, "seconds": 0.0, "calls": 1}
 
 
 def test_the_events_of_a_span_that_is_watched_are_not_used_again():

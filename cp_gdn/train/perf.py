@@ -54,6 +54,7 @@ class PerfMonitor(Callback):
         self._peak = peak_flops(name)
         if self._peak is None and trainer.topology.is_first:
             print(f"perf/mfu is not recorded: the peak FLOP/s of this device ({name}) is not known")
+        comm.meter.timed = True
         comm.meter.take()
         self._started = time.perf_counter()
 
