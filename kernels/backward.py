@@ -55,6 +55,14 @@ def layout_for(q, v, g, beta, saved, do, dfinal, *, normalize: bool, whole: bool
     return layout_of(q, v, g, beta, saved, do, dfinal, normalize=normalize, cut=cut, at_once=whole)
 
 
+def _prepared(layout, q, k, v, g, beta, saved, do, dfinal, *, normalize, whole):
+    """The layout, and q, k, v, beta with batch and time in one axis: who gives a layout gives them so."""
+    if layout is not None:
+        return layout, q, k, v, beta
+    layout = layout_for(q, v, g, beta, saved, do, dfinal, normalize=normalize, whole=whole)
+    return layout, flat(q), flat(k), flat(v), flat(beta)
+
+
 def open_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -88,11 +96,9 @@ def open_backward(
     Raises:
         ValueError: if do, dfinal or saved do not fit the inputs.
     """
-    if layout is None:
-        layout = layout_for(
-            q, v, g, beta, saved, do, dfinal, normalize=use_qk_l2norm_in_kernel, whole=False
-        )
-        q, k, v, beta = flat(q), flat(k), flat(v), flat(beta)
+    layout, q, k, v, beta = _prepared(
+        layout, q, k, v, g, beta, saved, do, dfinal, normalize=use_qk_l2norm_in_kernel, whole=False
+    )
     opened = hold(
         layout, q, k, v, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
         keys_normalized, open_left, open_right,
@@ -209,13 +215,11 @@ def chunk_gdn_backward(
     layout: Layout | None = None,
 ) -> Gradients:
     """Gradients of chunk_gdn_forward, whose arguments q to beta and keywords are repeated here; see
-    open_backward. Between its kernels lie at most 1280 bytes a token and value head, free again on
-    return; of a long sequence less (backward_opened.py)."""
-    if layout is None:
-        layout = layout_for(
-            q, v, g, beta, saved, do, dfinal, normalize=use_qk_l2norm_in_kernel, whole=True
-        )
-        q, k, v, beta = flat(q), flat(k), flat(v), flat(beta)
+    open_backward (`layout`: from layout_for, `whole`). Between its kernels lie at most 1280 bytes a
+    token and value head, free again on return; of a long sequence less (backward_opened.py)."""
+    layout, q, k, v, beta = _prepared(
+        layout, q, k, v, g, beta, saved, do, dfinal, normalize=use_qk_l2norm_in_kernel, whole=True
+    )
     x = hold(
         layout, q, k, v, beta, saved, do, dfinal, scale, initial_state, use_qk_l2norm_in_kernel,
         keys_normalized,
