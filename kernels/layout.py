@@ -14,6 +14,7 @@ from .plan import Plan, entire_jobs, plan_segments
 from .prepare import prepare
 from .qnorm import query_norms
 from .recurrence import recurrence
+from .recurrence_alone import recurrence_alone
 from .scan import scan
 from .summary import summary
 
@@ -147,6 +148,7 @@ def _lay_out(
         ),
         scan=ready(scan) if summarised else None,
         recurrence=ready(
-            recurrence, dtype=dtype, value_dim=value_dim, halves=plan.halves, normalize=normalize
+            recurrence_alone if plan.halves == 1 else recurrence,
+            dtype=dtype, value_dim=value_dim, normalize=normalize,
         ),
     )  # fmt: skip

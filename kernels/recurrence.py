@@ -1,4 +1,4 @@
-"""The main pass: states and outputs, one CTA a (segment, value head, tile of value columns).
+"""The main pass: states and outputs, one CTA a (segment, value head), two chains in it.
 
 With row vectors per token, G the cumulative log gate in the chunk, gamma = exp(G), and
 a_ij = exp(G_i - G_j) beta_j (I + tril(diag(beta) K K^T, -1))^-1_ij from prepare.py, a chunk does
@@ -13,15 +13,14 @@ fp32 accumulator of a warpgroup for every 64 value columns. Its bf16 copy is the
 next products straight from registers, so a chunk has no shared-memory round trip on its serial
 chain and no barrier between warpgroups. Roles in a CTA:
 
-    consumers   1 or 2 warpgroups, 64 value columns each: the chain and the output; two of them
-                issue their products in turn, one computes on registers while the other's run
+    consumers   2 warpgroups, 64 value columns each: the chain and the output; they issue their
+                products in turn, one computes on registers while the other's run
     auxiliary   1 warpgroup, a chunk ahead: P, and the gate vectors of the chunk. Consumers wait
                 for it alone: what it waited for has arrived
     producer    1 warp: bulk copies of q, k, v, a and the gates, `stages` chunks deep
     storer      1 warp a consumer: bulk copies of the outputs that it left in shared memory
 
-A consumer alone on its multiprocessor issues U of the next chunk before P D of this one has
-ended, so that only the arithmetic between U and W finds the tensor cores idle.
+With one chain a CTA the work is divided otherwise: recurrence_alone.py.
 
 L2-normalised queries and keys are never written: 1/|k| and 1/|q| (prepare.py, qnorm.py) scale the
 gate vectors and P.
@@ -50,14 +49,11 @@ from .recurrence_roles import auxiliary, producer, storer
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
-def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
+def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False):
     C, K, HALF = CHUNK, 128, 64
     ROWS = T.GemmWarpPolicy.FullRow
-    turns = halves == 2
-    ahead = halves == 1  # there are registers for it
-    stages = 4 if halves == 1 else 3
-    vectors = stages if ahead else 2  # gate vectors in shared memory
-    registers = (208, 72) if halves == 2 else (240, 120)
+    halves, stages = 2, 3
+    registers = (208, 72)
     BV = HALF * halves
     tiles = value_dim // BV
     workers = 128 * halves
@@ -83,15 +79,13 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
 
     @T.macro
     def wait_turn(tx):
-        if turns:
-            T.call_extern("handle", "gdn::wait_turn", tx // 128)
+        T.call_extern("handle", "gdn::wait_turn", tx // 128)
 
     @T.macro
     def pass_turn(tx):
-        if turns:
-            T.call_extern("handle", "gdn::pass_turn", tx // 128)
+        T.call_extern("handle", "gdn::pass_turn", tx // 128)
 
-    make_products = auxiliary(stages=stages, ahead=ahead, normalize=normalize)
+    make_products = auxiliary(stages=stages, normalize=normalize)
     load = producer(stages=stages, halves=halves, normalize=normalize)
 
     @T.prim_func
@@ -125,10 +119,10 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
             ps = T.alloc_shared((2 * C, C), dtype)
             os_ = T.alloc_shared((halves * C, HALF), dtype)
             gs = T.alloc_shared((stages, C), f32)
-            ein = T.alloc_shared((vectors, C), f32)
-            eout = T.alloc_shared((vectors, C), f32)
-            eq = T.alloc_shared((vectors, C), f32)
-            es = T.alloc_shared((vectors,), f32)
+            ein = T.alloc_shared((2, C), f32)
+            eout = T.alloc_shared((2, C), f32)
+            eq = T.alloc_shared((2, C), f32)
+            es = T.alloc_shared((2,), f32)
             rs = T.alloc_shared((stages, C), f32) if normalize else None
             qn = T.alloc_shared((stages, C), f32) if normalize else None
 
@@ -142,13 +136,10 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
             O = T.alloc_fragment((BV, C), f32)
             Ob = T.alloc_fragment((C, BV), dtype)
             Vb = T.alloc_fragment((C, BV), dtype)
-            V = T.alloc_fragment((BV, C), f32)
             E = T.alloc_fragment((BV, C), f32)
             F = T.alloc_fragment((BV, C), f32)
-            Q = T.alloc_fragment((BV, C), f32)
             P = T.alloc_fragment((C, C), f32)
             Pb = T.alloc_fragment((C, C), dtype)
-            D = T.alloc_fragment((C, C), f32)
             T.annotate_layout(
                 {
                     Ob: transposed_layout(Ob),
@@ -187,48 +178,25 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
                         S[x, y] = states[slot - 1, h, y, tile * BV + x]
                 if n > 0:
                     T.mbarrier_wait_parity(ready[0], 0)
-                    if turns:
-                        if tx >= 128:
-                            T.call_extern("handle", "gdn::pass_turn", 1)
-                    else:  # U of the first chunk; those of the others come at the end of a chunk
-                        decay[0] = T.exp2(gs[0, C - 1]) if normalize else es[0]
-                        T.copy(S, Sb)
-                        T.wgmma_gemm(
-                            Sb, ks[0, :, :], U, transpose_B=True, clear_accum=True, policy=ROWS
-                        )
-                        load_values(vs, ein, Vb, E, 0, 0, tx)
-                        for x, y in T.Parallel(BV, C):
-                            V[x, y] = Vb[y, x]
-                        T.wait_wgmma(0)
-                        for x, y in T.Parallel(BV, K):
-                            S[x, y] *= decay[0]
+                    if tx >= 128:
+                        T.call_extern("handle", "gdn::pass_turn", 1)
                 for c in T.serial(n):
                     s = c % stages
                     b = c % 2
-                    if turns:
-                        decay[0] = T.exp2(gs[s, C - 1]) if normalize else es[b]
-                        T.copy(S, Sb)
-                        for x, y in T.Parallel(BV, K):
-                            S[x, y] *= decay[0]
-                        wait_turn(tx)
-                        T.wgmma_gemm(
-                            Sb, ks[s, :, :], U, transpose_B=True, clear_accum=True, policy=ROWS
-                        )
-                        pass_turn(tx)
-                        T.sync_warp()  # else the loads of v, and their wait, part the products
-                        load_values(vs, ein, Vb, E, s, b, tx)
-                        T.wait_wgmma(0)
+                    decay[0] = T.exp2(gs[s, C - 1]) if normalize else es[b]
+                    T.copy(S, Sb)
+                    for x, y in T.Parallel(BV, K):
+                        S[x, y] *= decay[0]
+                    wait_turn(tx)
+                    T.wgmma_gemm(
+                        Sb, ks[s, :, :], U, transpose_B=True, clear_accum=True, policy=ROWS
+                    )
+                    pass_turn(tx)
+                    T.sync_warp()  # else the loads of v, and their wait, part the products
+                    load_values(vs, ein, Vb, E, s, b, tx)
+                    T.wait_wgmma(0)
                     for x, y in T.Parallel(BV, C):
-                        if ahead:
-                            Ub[x, y] = V[x, y] - U[x, y] * E[x, y]
-                        else:
-                            Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
-                    if ahead:  # before the products: shared memory answers late while they run
-                        for x, y in T.Parallel(BV, C):
-                            F[x, y] = eout[s, y]
-                        for x, y in T.Parallel(BV, C):
-                            Q[x, y] = eq[s, y]
-                        T.sync_warp()
+                        Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
                     wait_turn(tx)
                     T.wgmma_gemm(
                         Ub, as_[s, :, :], W, transpose_B=True, clear_accum=True, policy=ROWS
@@ -237,63 +205,29 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
                         Sb, qs[s, :, :], O, transpose_B=True, clear_accum=True, policy=ROWS
                     )
                     pass_turn(tx)
-                    if turns:
-                        if c > 0:
-                            leave(Ob, os_, staged, stored, c, tx)
-                        for x, y in T.Parallel(BV, C):
-                            F[x, y] = eout[b, y]
+                    if c > 0:
+                        leave(Ob, os_, staged, stored, c, tx)
+                    for x, y in T.Parallel(BV, C):
+                        F[x, y] = eout[b, y]
                     T.wait_wgmma(1)
                     for x, y in T.Parallel(BV, C):
                         Wd[x, y] = W[x, y] * F[x, y]
                     T.copy(W, Wb)
-                    if turns:
-                        T.wait_wgmma(0)
-                        for x, y in T.Parallel(BV, C):
-                            O[x, y] *= eq[b, y]
-                        wait_turn(tx)
-                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=ROWS)
-                    else:
-                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=ROWS)
-                        T.wait_wgmma(1)
-                        for x, y in T.Parallel(BV, C):
-                            O[x, y] *= Q[x, y]
+                    T.wait_wgmma(0)
+                    for x, y in T.Parallel(BV, C):
+                        O[x, y] *= eq[b, y]
+                    wait_turn(tx)
+                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=ROWS)
                     T.wgmma_gemm(Wb, ps[b * C : (b + 1) * C, :], O, transpose_B=True, policy=ROWS)
-                    if turns:
-                        if c + 1 < n or tx < 128:
-                            pass_turn(tx)
-                        if c + 1 < n:
-                            T.mbarrier_wait_parity(ready[1 - b], ((c + 1) // 2) % 2)
-                        T.wait_wgmma(0)
-                        T.mbarrier_arrive(empty[s])
-                        T.mbarrier_arrive(spent[b])
-                        for x, y in T.Parallel(BV, C):
-                            Ob[y, x] = O[x, y]
-                    else:
-                        t = (c + 1) % stages
-                        decay[0] = 1.0
-                        if c + 1 < n:
-                            T.mbarrier_wait_parity(ready[1 - b], ((c + 1) // 2) % 2)
-                            decay[0] = T.exp2(gs[t, C - 1]) if normalize else es[t]
-                        load_values(vs, ein, Vb, E, t, t, tx)
-                        T.sync_warp()
-                        T.wait_wgmma(1)  # the state; P D runs
-                        T.copy(S, Sb)
-                        # past the last chunk nobody reads what this makes of stale memory
-                        T.wgmma_gemm(
-                            Sb, ks[t, :, :], U, transpose_B=True, clear_accum=True, policy=ROWS
-                        )
-                        T.wait_wgmma(1)
-                        for x, y in T.Parallel(BV, K):
-                            S[x, y] *= decay[0]
-                        for x, y in T.Parallel(BV, C):
-                            Ob[y, x] = O[x, y]
-                        for x, y in T.Parallel(BV, C):
-                            V[x, y] = Vb[y, x]
-                        T.mbarrier_arrive(empty[s])
-                        T.mbarrier_arrive(spent[b])
-                        if c + 1 < n:
-                            leave(Ob, os_, staged, stored, c + 1, tx)
-                        T.wait_wgmma(0)
+                    if c + 1 < n or tx < 128:
+                        pass_turn(tx)
+                    if c + 1 < n:
+                        T.mbarrier_wait_parity(ready[1 - b], ((c + 1) // 2) % 2)
+                    T.wait_wgmma(0)
+                    T.mbarrier_arrive(empty[s])
+                    T.mbarrier_arrive(spent[b])
+                    for x, y in T.Parallel(BV, C):
+                        Ob[y, x] = O[x, y]
                 if n > 0:
                     T.mbarrier_wait_parity(stored[tx // 128], n % 2)
                     store_transposed(Ob, os_, tx // 128 * C, tx)
@@ -318,7 +252,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
                 if tx < movers:
                     T.set_max_nreg(registers[1], 0)
                     make_products(
-                        qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, D, full, empty, ready,
+                        qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, full, empty, ready,
                         spent, n, tx - workers, scale,
                     )  # fmt: skip
                 else:
@@ -333,7 +267,6 @@ def recurrence(*, dtype="bfloat16", value_dim=128, halves=2, normalize=False):
                     elif tx < movers + 64:
                         storer(os_, o, 0, row, full_chunks, h, tile * BV, staged, stored)
                     elif tx < movers + 96:
-                        if halves == 2:
-                            storer(os_, o, 1, row, full_chunks, h, tile * BV, staged, stored)
+                        storer(os_, o, 1, row, full_chunks, h, tile * BV, staged, stored)
 
     return main

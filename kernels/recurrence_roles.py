@@ -15,11 +15,8 @@ from .common import CHUNK, CHUNK_SLOT
 C, HALF = CHUNK, 64
 
 
-def auxiliary(*, stages, ahead, normalize):
-    """The loop of the auxiliary warpgroup, thread `t` of 128. `ahead`: registers suffice to hold the
-    decay between two tokens while the product runs, and a lone chain would wait for what is begun
-    only when it has left a buffer; of the gate vectors there are as many as stages."""
-    at_once = ahead or not normalize
+def auxiliary(*, stages, normalize):
+    """The loop of the auxiliary warpgroup, thread `t` of 128."""
 
     @T.macro
     def scale_pairs(X, qn, rs, s, scale):
@@ -34,46 +31,34 @@ def auxiliary(*, stages, ahead, normalize):
             X[x, y] = T.if_then_else(x >= y, X[x, y], 0.0)
 
     @T.macro
-    def run(qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, D, full, empty, ready, spent, n, t,
+    def run(qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, full, empty, ready, spent, n, t,
             scale):  # fmt: skip
         for c in T.serial(n):
             s = c % stages
             b = c % 2
-            e = s if ahead else b
             T.mbarrier_wait_parity(full[s], (c // stages) % 2)
-            if at_once:
+            if not normalize:
                 T.wgmma_gemm(qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True)
-            if not ahead:
-                T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
+            T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
             if t < C:
                 G = gs[s, t]
                 if normalize:
-                    ein[e, t] = T.exp2(G) * rs[s, t]
-                    eout[e, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
-                    eq[e, t] = T.exp2(G) * (scale * qn[s, t])
+                    ein[b, t] = T.exp2(G) * rs[s, t]
+                    eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
+                    eq[b, t] = T.exp2(G) * (scale * qn[s, t])
                 else:
                     if t == C - 1:
-                        es[e] = T.exp2(G)
-                    ein[e, t] = T.exp2(G)
-                    eout[e, t] = T.exp2(gs[s, C - 1] - G)
-                    eq[e, t] = T.exp2(G) * scale
-            if ahead:  # while the product runs
-                for x, y in T.Parallel(C, C):
-                    D[x, y] = T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                scale_pairs(D, qn, rs, s, scale)
-            if not at_once:
+                        es[b] = T.exp2(G)
+                    ein[b, t] = T.exp2(G)
+                    eout[b, t] = T.exp2(gs[s, C - 1] - G)
+                    eq[b, t] = T.exp2(G) * scale
+            if normalize:
                 T.wgmma_gemm(qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True)
             T.wait_wgmma(0)
-            if ahead:
-                for x, y in T.Parallel(C, C):
-                    P[x, y] *= D[x, y]
-            else:
-                for x, y in T.Parallel(C, C):
-                    P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-                scale_pairs(P, qn, rs, s, scale)
+            for x, y in T.Parallel(C, C):
+                P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
+            scale_pairs(P, qn, rs, s, scale)
             T.copy(P, Pb)
-            if ahead:
-                T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
             T.copy(Pb, ps[b * C : (b + 1) * C, :])
             T.fence_proxy_async()
             T.mbarrier_arrive(ready[b])

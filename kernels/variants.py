@@ -22,6 +22,7 @@ from .norm import norm_backward, norm_forward
 from .prepare import prepare
 from .qnorm import query_norms
 from .recurrence import recurrence
+from .recurrence_alone import recurrence_alone
 from .reverse_scan import reverse_scan
 from .scan import scan
 from .summary import summary
@@ -32,6 +33,7 @@ KERNELS = {
     "summary": summary,
     "scan": scan,
     "recurrence": recurrence,
+    "recurrence_alone": recurrence_alone,
     "replay": replay,
     "reverse": reverse,
     "reverse_scan": reverse_scan,
@@ -113,8 +115,9 @@ def variants(
             {"ratio": ratio, "gate_dtype": gate_dtype, "beta_dtype": beta_dtype, **common},
         )
         yield Variant("summary", common)
+        for kernel in ("recurrence", "recurrence_alone"):
+            yield Variant(kernel, {"value_dim": 128, **common})
         for halves in (1, 2):
-            yield Variant("recurrence", {"value_dim": 128, "halves": halves, **common})
             yield Variant("replay", {"halves": halves, **chain})
             for store in (True, False):
                 yield Variant("reverse", {"halves": halves, "store": store, **chain})

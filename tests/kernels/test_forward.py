@@ -57,11 +57,12 @@ def test_batch(kernels):
     check(kernels, draw([300, 300], 2, 4, initial=True, device="cuda"), batch=2)
 
 
+@pytest.mark.parametrize("halves", [1, 2])
 @pytest.mark.parametrize("segment", [1, 2, 16])
-def test_packed_documents(kernels, segment):
+def test_packed_documents(kernels, segment, halves):
     lengths = [1, 63, 64, 65, 200, 0, 130, 129, 700]
     x = draw(lengths, 2, 4, gates="mixed", initial=True, device="cuda")
-    check(kernels, x, plan=plan(kernels, segment, 2))
+    check(kernels, x, plan=plan(kernels, segment, halves))
 
 
 def test_truncated_gates(kernels):

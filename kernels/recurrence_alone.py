@@ -1,0 +1,335 @@
+"""The main pass with one chain a CTA: a segment, a value head, 64 of its value columns.
+
+The equations and the transposed state are those of recurrence.py, and so are the bits. A chain that
+shares its multiprocessor with no other one does only what the next chunk waits for, and hands on the
+rest through shared memory. Roles in a CTA:
+
+    chain       1 warpgroup: U, W, D and S of every chunk. It leaves S as it enters a chunk in `ss`,
+                and D where `a` of the chunk lay
+    outputs     2 warpgroups in turn, a chunk each: P, Q S and P D (recurrence_outputs.py)
+    producer    1 warp: bulk copies of q, k, v, a and the gates, `stages` chunks deep
+    storer      1 warp: bulk copies of the outputs
+    vectors     2 warps: what scales U and D
+
+What a chunk waits for in shared memory is read a product ahead. Whoever multiplies by what the chain
+left fences it, not the chain; and its addresses are found once: the compiler would find them again
+in every chunk, ahead of the products.
+"""
+
+import tilelang
+import tilelang.language as T
+
+from .backward_common import SOURCE
+from .common import (
+    CHUNK,
+    COUNT,
+    DOC,
+    END,
+    FLAGS,
+    LAST,
+    PART,
+    ROW,
+    TARGET,
+    accumulator_layout,
+    find_segment,
+    transposed_layout,
+)
+from .recurrence_outputs import outputs, store_tail, storer, vectors
+from .recurrence_roles import producer
+
+C, K, BV = CHUNK, 128, 64
+ROWS = T.GemmWarpPolicy.FullRow
+STAGES = 4  # even: the output warpgroups take chunks, and with them slots, in turn
+REGISTERS = (208, 136, 32)  # of chain, outputs and movers: 4 * 128 as launched, in all
+VALUES_READ = 3  # named barrier of the chain; 1 and 2 are the outputs'
+
+HELD = r"""
+#ifndef GDN_HELD
+#define GDN_HELD
+namespace gdn {
+// Addresses in registers, which the compiler cannot make again from the number of the thread.
+__device__ __forceinline__ unsigned held(unsigned a) {
+  asm volatile("" : "+r"(a));
+  return a;
+}
+__device__ __forceinline__ unsigned held_address(const void* p) { return held(shared_address(p)); }
+// Where this lane's row of columns 16x to 16x + 15 lies in a swizzled [64, 64] tile, for stmatrix.
+__device__ __forceinline__ unsigned row_address(const void* tile, int x) {
+  const unsigned t = threadIdx.x, l = t & 31;
+  return held(shared_address(tile) + ((t >> 5) * 16 + (l & 15)) * 128 +
+              ((((l >> 4) + 2 * x) ^ (l & 7)) << 4));
+}
+// The same for ldmatrix of the transposed tile, rows 0 to 15.
+__device__ __forceinline__ unsigned column_address(const void* tile) {
+  const unsigned t = threadIdx.x, l = t & 31;
+  return held(shared_address(tile) + ((l >> 4) * 8 + (l & 7)) * 128 +
+              (((t >> 5) * 2 + (l >> 3 & 1)) ^ (l & 7)) * 16);
+}
+__device__ __forceinline__ void store_at(unsigned at, const void* registers) {
+  const unsigned* r = (const unsigned*)registers;
+  asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+__device__ __forceinline__ void load_trans_at(unsigned at, void* registers) {
+  unsigned* r = (unsigned*)registers;
+  asm volatile("ldmatrix.sync.aligned.x4.trans.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void arrive_at(unsigned at) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+__device__ __forceinline__ void wait_at(unsigned at, unsigned parity) {
+  asm volatile("{\n.reg .pred P1;\nWAIT:\n"
+               "mbarrier.try_wait.parity.shared::cta.b64 P1, [%0], %1;\n"
+               "@P1 bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(at), "r"(parity) : "memory");
+}
+}  // namespace gdn
+#endif
+"""
+
+
+@T.macro
+def arrive(barriers, i, tx):
+    T.call_extern("handle", "__syncwarp")
+    if tx % 32 == 0:
+        T.call_extern("handle", "gdn::arrive_at", barriers[0] + T.Cast("uint32", i * 8))
+
+
+@T.macro
+def wait(barriers, i, parity):
+    at = barriers[0] + T.Cast("uint32", i * 8)
+    T.call_extern("handle", "gdn::wait_at", at, T.Cast("uint32", parity))
+
+
+@T.macro
+def put(fragment, rows, offset, columns, tx):
+    """A bf16 tile of the chain's -> panels of 64 columns, `offset` bytes after the state's place."""
+    for x in T.unroll(columns // 16):
+        T.call_extern(
+            "handle",
+            "gdn::store_at",
+            rows[x % 4] + (offset + T.uint32(x // 4 * 8192)),
+            T.access_ptr(fragment[tx // 32 * 16 + tx % 32 // 4, x * 16 + tx % 4 * 2], "r"),
+        )
+
+
+@T.macro
+def read_values(column, ein, es, Vb, E, decay, s, tx):
+    """v of slot s, what scales U, and the decay of the chunk."""
+    for x in T.unroll(4):
+        T.call_extern(
+            "handle",
+            "gdn::load_trans_at",
+            column[0] + T.Cast("uint32", s * 8192 + x * 2048),
+            T.access_ptr(Vb[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"),
+        )
+    for x, y in T.Parallel(BV, C):
+        E[x, y] = ein[s, y]
+    decay[0] = es[s]
+
+
+@tilelang.jit(target=TARGET, pass_configs=FLAGS)
+def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
+    tiles = value_dim // BV
+    f32, i32, u32 = "float32", "int32", "uint32"
+    L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
+    Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
+    N0, NT, NR = T.dynamic("N0"), T.dynamic("NT"), T.dynamic("NR")
+    NI, NQ = T.dynamic("NI"), T.dynamic("NQ")
+
+    make_outputs = outputs(stages=STAGES, normalize=normalize)
+    load = producer(stages=STAGES, halves=1, normalize=normalize)
+    make_vectors = vectors(stages=STAGES, normalize=normalize)
+
+    @T.prim_func
+    def main(
+        q: T.Tensor((L, Hk, K), dtype),
+        k: T.Tensor((L, Hk, K), dtype),
+        v: T.Tensor((L, Hv, value_dim), dtype),
+        a: T.Tensor((NC, Hv, C, C), dtype),
+        gate: T.Tensor((NC, Hv, C), f32),
+        rnorm: T.Tensor((NR, Hk, C), f32),
+        qnorm: T.Tensor((NQ, Hk, C), f32),
+        cu: T.Tensor((N1,), i32),
+        initial: T.Tensor((N0, Hv, K, value_dim), f32),
+        incoming: T.Tensor((NI, Hv, K, value_dim), f32),
+        states: T.Tensor((NS, Hv, K, value_dim), f32),
+        o: T.Tensor((L, Hv, value_dim), dtype),
+        final: T.Tensor((NT, Hv, K, value_dim), f32),
+        scale: T.float32,
+        segment: T.int32,
+        bits: T.int32,
+        has_initial: T.int32,
+        want_final: T.int32,
+        open_left: T.int32,
+    ):
+        with T.Kernel(tiles, Hv, NS, threads=512) as (tile, h, slot):
+            T.import_source(SOURCE + HELD)
+            ks = T.alloc_shared((STAGES, C, K), dtype)
+            qs = T.alloc_shared((STAGES, C, K), dtype)
+            as_ = T.alloc_shared((STAGES, C, C), dtype)
+            vs = T.alloc_shared((STAGES * C, BV), dtype)
+            ss = T.alloc_shared((BV, K), dtype)
+            os_ = T.alloc_shared((C, BV), dtype)
+            gs = T.alloc_shared((STAGES, C), f32)
+            ein = T.alloc_shared((STAGES, C), f32)
+            eout = T.alloc_shared((STAGES, C), f32)
+            es = T.alloc_shared((STAGES,), f32)
+            rs = T.alloc_shared((STAGES, C), f32) if normalize else None
+            qn = T.alloc_shared((STAGES, C), f32) if normalize else None
+
+            S = T.alloc_fragment((BV, K), f32)
+            Sb = T.alloc_fragment((BV, K), dtype)
+            Sf = T.alloc_fragment((BV, K), dtype)
+            U = T.alloc_fragment((BV, C), f32)
+            Ub = T.alloc_fragment((BV, C), dtype)
+            W = T.alloc_fragment((BV, C), f32)
+            Wd = T.alloc_fragment((BV, C), dtype)
+            Wf = T.alloc_fragment((BV, C), dtype)
+            Vb = T.alloc_fragment((C, BV), dtype)
+            E = T.alloc_fragment((BV, C), f32)
+            F = T.alloc_fragment((BV, C), f32)
+            # of each of the two output warpgroups
+            P0 = T.alloc_fragment((C, C), f32)
+            Pb0 = T.alloc_fragment((C, C), dtype)
+            D0 = T.alloc_fragment((C, C), f32)
+            O0 = T.alloc_fragment((C, BV), f32)
+            Ob0 = T.alloc_fragment((C, BV), dtype)
+            P1 = T.alloc_fragment((C, C), f32)
+            Pb1 = T.alloc_fragment((C, C), dtype)
+            D1 = T.alloc_fragment((C, C), f32)
+            O1 = T.alloc_fragment((C, BV), f32)
+            Ob1 = T.alloc_fragment((C, BV), dtype)
+            T.annotate_layout(
+                {
+                    Vb: transposed_layout(Vb),
+                    Sf: accumulator_layout(Sf),
+                    Wf: accumulator_layout(Wf),
+                    vs: tilelang.layout.make_swizzled_layout(vs),
+                    ss: tilelang.layout.make_swizzled_layout(ss),
+                    os_: tilelang.layout.make_swizzled_layout(os_),
+                }
+            )
+            full = T.alloc_barrier([32] * STAGES)
+            scaled = T.alloc_barrier([2] * STAGES)
+            empty = T.alloc_barrier([8] * STAGES)
+            stateful = T.alloc_barrier([4] * 2)  # S is in shared memory, for either warpgroup
+            stateless = T.alloc_barrier([4])
+            valued = T.alloc_barrier([4] * 2)  # so is D
+            staged = T.alloc_barrier([4])
+            stored = T.alloc_barrier([32] * 2)
+
+            tx = T.get_thread_binding()
+            at = T.alloc_local((7,), i32)
+            decay = T.alloc_local((1,), f32)
+            find_segment(cu, slot, segment, N1 - 1, bits, at)
+            n = at[COUNT]
+            row = at[ROW]
+            full_chunks = T.if_then_else(row + n * C <= at[END], n, n - 1)
+
+            if tx < 128:
+                T.set_max_nreg(REGISTERS[0], 1)
+                rows = T.alloc_local((4,), u32)
+                column = T.alloc_local((1,), u32)
+                values = T.alloc_local((1,), u32)  # from the state's place to those of D
+                scaled_at = T.alloc_local((1,), u32)
+                empty_at = T.alloc_local((1,), u32)
+                stateful_at = T.alloc_local((1,), u32)
+                stateless_at = T.alloc_local((1,), u32)
+                valued_at = T.alloc_local((1,), u32)
+                for x in T.unroll(4):
+                    rows[x] = T.call_extern(u32, "gdn::row_address", T.access_ptr(ss[0, 0], "r"), x)
+                column[0] = T.call_extern(u32, "gdn::column_address", T.access_ptr(vs[0, 0], "r"))
+                values[0] = T.call_extern(
+                    u32, "gdn::held_address", T.access_ptr(as_[0, 0, 0], "r")
+                ) - T.call_extern(u32, "gdn::held_address", T.access_ptr(ss[0, 0], "r"))
+                scaled_at[0] = T.call_extern(u32, "gdn::held_address", scaled.data)
+                empty_at[0] = T.call_extern(u32, "gdn::held_address", empty.data)
+                stateful_at[0] = T.call_extern(u32, "gdn::held_address", stateful.data)
+                stateless_at[0] = T.call_extern(u32, "gdn::held_address", stateless.data)
+                valued_at[0] = T.call_extern(u32, "gdn::held_address", valued.data)
+                T.clear(S)
+                if at[PART] == 0:
+                    if at[DOC] < open_left:
+                        for x, y in T.Parallel(BV, K):
+                            S[x, y] = incoming[at[DOC], h, y, tile * BV + x]
+                    elif has_initial != 0:
+                        for x, y in T.Parallel(BV, K):
+                            S[x, y] = initial[at[DOC], h, y, tile * BV + x]
+                else:
+                    for x, y in T.Parallel(BV, K):
+                        S[x, y] = states[slot - 1, h, y, tile * BV + x]
+                if n > 0:
+                    wait(scaled_at, 0, 0)
+                    read_values(column, ein, es, Vb, E, decay, 0, tx)
+                for c in T.serial(n):
+                    s = c % STAGES
+                    t = (c + 1) % STAGES
+                    T.copy(S, Sb)
+                    T.copy(S, Sf)
+                    put(Sf, rows, T.uint32(0), K, tx)
+                    arrive(stateful_at, c % 2, tx)
+                    T.sync_warp()
+                    T.wgmma_gemm(
+                        Sb, ks[s, :, :], U, transpose_B=True, clear_accum=True, policy=ROWS
+                    )
+                    for x, y in T.Parallel(BV, K):
+                        S[x, y] *= decay[0]
+                    if c + 1 < n:
+                        wait(scaled_at, t, ((c + 1) // STAGES) % 2)
+                    T.wait_wgmma(0)
+                    for x, y in T.Parallel(BV, C):
+                        F[x, y] = eout[s, y]
+                    for x, y in T.Parallel(BV, C):
+                        Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
+                    # past the last chunk nobody reads what this makes of stale memory
+                    read_values(column, ein, es, Vb, E, decay, t, tx)
+                    T.sync_warp()
+                    T.wgmma_gemm(
+                        Ub, as_[s, :, :], W, transpose_B=True, clear_accum=True, policy=ROWS
+                    )
+                    T.wait_wgmma(0)
+                    T.copy(W, Wf)
+                    T.call_extern("handle", "gdn::wait_named", VALUES_READ)  # nobody reads a
+                    put(Wf, rows, values[0] + T.Cast(u32, s * 8192), C, tx)
+                    arrive(valued_at, c % 2, tx)
+                    for x, y in T.Parallel(BV, C):
+                        Wd[x, y] = W[x, y] * F[x, y]
+                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=ROWS)
+                    wait(stateless_at, 0, c % 2)
+                    T.wait_wgmma(0)
+                    arrive(empty_at, s, tx)
+                if want_final != 0:
+                    if at[PART] == at[LAST]:
+                        for x, y in T.Parallel(BV, K):
+                            final[at[DOC], h, y, tile * BV + x] = S[x, y]
+            elif tx < 256:
+                T.set_max_nreg(REGISTERS[1], 1)
+                make_outputs(
+                    0, qs, ks, as_, ss, os_, gs, rs, qn, P0, Pb0, D0, O0, Ob0, full, stateful,
+                    stateless, valued, staged, stored, empty, n, tx - 128, scale,
+                )  # fmt: skip
+                if n > 0 and full_chunks < n and n % 2 == 1:
+                    store_tail(0, os_, o, row + (n - 1) * C, at[END], h, tile * BV, tx - 128)
+            elif tx < 384:
+                T.set_max_nreg(REGISTERS[1], 1)
+                make_outputs(
+                    1, qs, ks, as_, ss, os_, gs, rs, qn, P1, Pb1, D1, O1, Ob1, full, stateful,
+                    stateless, valued, staged, stored, empty, n, tx - 256, scale,
+                )  # fmt: skip
+                if n > 0 and full_chunks < n and n % 2 == 0:
+                    store_tail(1, os_, o, row + (n - 1) * C, at[END], h, tile * BV, tx - 256)
+            else:
+                T.set_max_nreg(REGISTERS[2], 0)
+                if tx < 416:
+                    hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
+                    load(
+                        q, k, v, a, gate, rnorm, qnorm, qs, ks, vs, as_, gs, rs, qn, full, empty,
+                        n, row, at, h, hk, tile * BV,
+                    )  # fmt: skip
+                elif tx < 448:
+                    storer(os_, o, row, full_chunks, h, tile * BV, staged, stored)
+                else:
+                    make_vectors(gs, rs, ein, eout, es, full, scaled, n, tx - 448)
+
+    return main
