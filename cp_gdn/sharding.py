@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import comm
+from .eager import untraced
 
 if TYPE_CHECKING:
     from .context import CPContext
@@ -51,9 +52,12 @@ class _Gather(torch.autograd.Function):
         )
 
 
+_gather = untraced(_Gather.apply)
+
+
 def gather(local: Tensor, context: "CPContext", dim: int = 1) -> Tensor:
     """Every rank's slice along ``dim`` (length num_tokens), put together in rank order on every rank."""
     dim = _check_length(local, dim, context.num_tokens, "num_tokens")
     if context.size == 1:
         return local
-    return _Gather.apply(local, context, dim)
+    return _gather(local, context, dim)

@@ -19,9 +19,11 @@ from torch import Tensor
 from .. import comm
 from ..balance import Plan, plan_for
 from ..context import CPContext
+from ..eager import untraced
 from .flash_attention import attend
 
 
+@untraced
 def causal_attention(
     q: Tensor,
     k: Tensor,

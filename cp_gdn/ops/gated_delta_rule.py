@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import boundary, comm
 from ..context import CPContext, build_cp_context, debug_enabled
+from ..eager import untraced
 from . import chunked, head_dims, hopper
 from .engines import use_kernels
 from .reference import l2_normalize
@@ -27,6 +28,7 @@ log = logging.getLogger("cp_gdn")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@untraced
 def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from ..eager import untraced
 from .chunked import compute_dtype
 from .engines import obstacle, use_kernels
 
@@ -39,6 +40,9 @@ class _FusedGatedNorm(Function):
         x, gate, weight = ctx.saved_tensors
         dx, dgate, dweight = gated_norm_backward(x, gate, weight.float(), *grads, ctx.eps)
         return dx, dgate, dweight.to(weight.dtype), None
+
+
+_fused_gated_norm = untraced(_FusedGatedNorm.apply)
 
 
 def gated_rms_norm(
@@ -69,7 +73,7 @@ def gated_rms_norm(
             f"with D = {x.shape[-1]}"
         )
     if use_kernels(engine, reason):
-        return _FusedGatedNorm.apply(x, gate, weight, eps)
+        return _fused_gated_norm(x, gate, weight, eps)
     wide = compute_dtype(x.dtype)
     y = normalize(x.to(wide), eps) * weight.to(wide)
     return (y * F.silu(gate.to(wide))).to(x.dtype)
