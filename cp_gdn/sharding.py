@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import comm
 from .eager import untraced
@@ -44,6 +45,7 @@ class _Gather(torch.autograd.Function):
         return comm.gather_rows(local.movedim(dim, 0), context).movedim(0, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return (
             comm.sum_rows(grads[0].movedim(ctx.dim, 0), ctx.context).movedim(0, ctx.dim),

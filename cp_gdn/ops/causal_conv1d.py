@@ -14,6 +14,7 @@ from typing import Any, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import boundary
 from ..comm import Pending
@@ -76,6 +77,7 @@ class _Sent(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.halo.add_gradients(grads[0]), None
 
@@ -89,6 +91,7 @@ class _Received(torch.autograd.Function):
         return halo.tokens()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         ctx.halo.give_back(grads[0])
         return None, None
@@ -121,6 +124,7 @@ class _FusedConv(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from ..kernels.conv_backward import causal_conv_silu_backward
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import boundary, comm
 from ..context import CPContext, build_cp_context, debug_enabled
@@ -144,6 +145,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         return o, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         do, dfinal = grads
         call: _Call = ctx.call

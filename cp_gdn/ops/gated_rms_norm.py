@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from ..eager import untraced
 from .chunked import compute_dtype
@@ -34,6 +35,7 @@ class _FusedGatedNorm(Function):
         return gated_norm(x, gate, weight.float(), eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from ..kernels.norm import gated_norm_backward
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from ..eager import untraced
 from .chunked import compute_dtype
@@ -29,6 +30,7 @@ class _FusedGates(Function):
         return decay_and_strength(a, b, A_log.float(), dt_bias.float())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         from ..kernels.gates import decay_and_strength_backward
 
