@@ -11,6 +11,7 @@ layers neither read device memory nor ask each other what to do.
 
 import bisect
 import itertools
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -185,9 +186,10 @@ def build_cp_context(
         ValueError: the same on every rank that passes the same arguments, before any communication.
     """
     group, rank, size = _resolve_group(group)
-    if not isinstance(seq_len, int) or seq_len < 1:
+    (seq_len,) = _ints("seq_len", [seq_len], "a positive int, the tokens of the whole sequence")
+    if seq_len < 1:
         raise ValueError(
-            f"seq_len is {seq_len!r}; it must be a positive int: the tokens of the whole sequence"
+            f"seq_len is {seq_len}; it must be a positive int, the tokens of the whole sequence"
         )
     offsets = _check_offsets(cu_seqlens, seq_len)
     bounds = _check_bounds(shard_sizes, seq_len, size)
@@ -255,17 +257,18 @@ def _resolve_group(group) -> tuple[comm.Group | None, int, int]:
     return group, dist.get_rank(group), dist.get_world_size(group)
 
 
+def _ints(name: str, values: Tensor | Sequence[int], rule: str) -> tuple[int, ...]:
+    """Integers as they are: what int() would round or parse is refused."""
+    try:
+        return tuple(map(operator.index, values.tolist() if isinstance(values, Tensor) else values))
+    except TypeError:
+        raise ValueError(f"{name} is {values!r}; it must be {rule}") from None
+
+
 def _check_offsets(cu_seqlens: Tensor | Sequence[int] | None, seq_len: int) -> tuple[int, ...]:
     if cu_seqlens is None:
         return (0, seq_len)
-    if isinstance(cu_seqlens, Tensor):
-        if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
-            raise ValueError(
-                f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must be a 1-D integer tensor "
-                "of document offsets"
-            )
-        cu_seqlens = cu_seqlens.tolist()
-    offsets = tuple(int(c) for c in cu_seqlens)
+    offsets = _ints("cu_seqlens", cu_seqlens, "document offsets, a list or 1-D tensor of integers")
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != seq_len:
         raise ValueError(
             f"cu_seqlens runs from {offsets[0] if offsets else None} to "
@@ -295,10 +298,10 @@ def _check_bounds(shard_sizes: Sequence[int] | None, seq_len: int, size: int) ->
         each, extra = divmod(blocks, size)
         cuts = [min(seq_len, unit * (r * each + min(r, extra))) for r in range(size + 1)]
         return tuple(cuts)
-    sizes = [int(s) for s in shard_sizes]
+    sizes = _ints("shard_sizes", shard_sizes, "one integer for each rank")
     if len(sizes) != size or any(s < 1 for s in sizes):
         raise ValueError(
-            f"shard_sizes is {sizes} for {size} ranks; give one positive number of tokens for each rank"
+            f"shard_sizes is {list(sizes)} for {size} ranks; give one positive number of tokens for each rank"
         )
     if sum(sizes) != seq_len:
         raise ValueError(

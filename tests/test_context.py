@@ -3,6 +3,7 @@
 import bisect
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -78,6 +79,11 @@ def test_one_rank_needs_no_process_group():
     assert torch.equal(context.gather(context.shard(x)), x)
 
 
+def test_integers_may_be_of_numpy():
+    context = build_cp_context(seq_len=np.int64(10), cu_seqlens=np.array([0, 4, 10], np.int32))
+    assert (context.seq_len, context.cu_seqlens) == (10, (0, 4, 10))
+
+
 def _mesh_and_groups(rank, size):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
     context = build_cp_context(mesh["cp"], seq_len=8)
@@ -108,7 +114,12 @@ def test_mesh_and_groups_that_do_not_fit():
         (dict(seq_len=8, cu_seqlens=[0, 5, 4, 8]), "not increasing: entry 2 is 4 after 5"),
         (dict(seq_len=8, cu_seqlens=[1, 8]), "must run from 0"),
         (dict(seq_len=8, cu_seqlens=[0, 9]), "must run from 0"),
-        (dict(seq_len=8, cu_seqlens=torch.tensor([0.0, 8.0])), "1-D integer"),
+        (dict(seq_len=8, cu_seqlens=torch.tensor([0.0, 8.0])), "1-D tensor of integers"),
+        (dict(seq_len=8, cu_seqlens=torch.tensor([[0, 8]])), "1-D tensor of integers"),
+        (dict(seq_len=8, cu_seqlens=[0, 3.5, 8]), r"cu_seqlens is \[0, 3.5, 8\]; it must be"),
+        (dict(seq_len=8, cu_seqlens=8), "cu_seqlens is 8; it must be document offsets"),
+        (dict(seq_len=8, shard_sizes=[8.9]), r"shard_sizes is \[8.9\]; it must be one integer"),
+        (dict(seq_len=8.5), "positive int"),
         (dict(seq_len=8, exchange="tree"), "choose one of ring"),
     ],
 )

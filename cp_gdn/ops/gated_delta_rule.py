@@ -74,9 +74,9 @@ def chunk_gated_delta_rule(
     if context is None or cu_seqlens is not None:
         context = _context_for(q, cu_seqlens, cp_context)
     kind = (
-        q.device, q.shape, k.shape, v.shape, g.shape, beta.shape,
+        q.device, k.device, v.device, g.device, beta.device, q.shape, k.shape, v.shape, g.shape, beta.shape,
         q.dtype, k.dtype, v.dtype, g.dtype, beta.dtype,
-        None if initial_state is None else (initial_state.shape, initial_state.dtype),
+        None if initial_state is None else (initial_state.shape, initial_state.dtype, initial_state.device),
         engine, scale, use_qk_l2norm_in_kernel, output_final_state,
     )  # fmt: skip
     call = context.calls.get(kind)
@@ -221,6 +221,10 @@ def _check_shapes(q, k, v, g, beta, initial_state, context: CPContext) -> None:
     if v.ndim != 4 or v.shape[:2] != (B, T):
         raise ValueError(f"v has shape {tuple(v.shape)}; expected [B = {B}, T = {T}, Hv, V]")
     Hv, V = v.shape[2:]
+    if 0 in q.shape or 0 in v.shape:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}; no dimension may be empty: leave such a call out"
+        )
     if Hv % Hk:
         raise ValueError(
             f"{Hv} value heads and {Hk} key heads; Hv must be a multiple of Hk, each key head serving "
@@ -236,6 +240,9 @@ def _check_shapes(q, k, v, g, beta, initial_state, context: CPContext) -> None:
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must share one of bf16, fp16, "
             "fp32, fp64: cast them"
         )
+    for name, x in (("k", k), ("v", v), ("g", g), ("beta", beta), ("initial_state", initial_state)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} but q on {q.device}; move it there")
     state_dtype = chunked.compute_dtype(q.dtype)
     for name, x in (("g", g), ("beta", beta)):
         if x.dtype not in (q.dtype, state_dtype):
