@@ -286,17 +286,12 @@ BAD = {
     "mixed dtypes": (dict(v=torch.zeros(1, 8, 4, 4, dtype=torch.bfloat16)), "must share one"),
     "g dtype": (dict(g=torch.zeros(1, 8, 4, dtype=torch.float16)), "g is torch.float16"),
     "state": (dict(initial_state=torch.zeros(2, 4, 4, 4)), "counting all documents"),
-    "no rows": (
-        {n: torch.zeros(0, 8, 2, 4) for n in "qkv"}
-        | {n: torch.zeros(0, 8, 2) for n in ("g", "beta")},
-        "no dimension may be empty",
-    ),
     "no heads": (dict(q=torch.zeros(1, 8, 0, 4), k=torch.zeros(1, 8, 0, 4)), "may be empty"),
     "no columns": (dict(q=torch.zeros(1, 8, 2, 0), k=torch.zeros(1, 8, 2, 0)), "may be empty"),
-    "another device": (dict(g=torch.zeros(1, 8, 4, device="meta")), "g is on meta but q on cpu"),
+    "elsewhere": (dict(g=torch.zeros(1, 8, 4, device="meta")), "g is on meta but q on cpu"),
     "a state elsewhere": (
         dict(initial_state=torch.zeros(1, 4, 4, 4, device="meta")),
-        "initial_state is on meta",
+        "initial_state is on",
     ),
     "offsets not increasing": (dict(cu_seqlens=[0, 5, 5, 8]), "not increasing"),
     "offsets too short": (dict(cu_seqlens=[0, 5]), "must run from 0 to seq_len"),
