@@ -290,4 +290,9 @@ def _pick_engine(engine: str, q: Tensor) -> str:
 
 @functools.cache
 def _announce(engine: str, device: str, obstacle: str | None) -> None:
-    log.info("engine auto picked %s on %s%s", engine, device, f" ({obstacle})" if obstacle else "")
+    if engine == "torch" and device == "cuda":  # to be seen where nothing configures logging
+        log.warning(
+            "engine auto picked torch, many times slower than tilelang, which cannot: %s", obstacle
+        )
+    else:
+        log.info("engine auto picked %s on %s", engine, device)
