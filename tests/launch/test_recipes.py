@@ -59,13 +59,15 @@ def test_every_model_is_a_valid_hybrid(path):
 
 
 def test_the_overrides_of_the_readme():
-    config = composed(
-        "cp.size=2", "data=text", "data.path=x", "deepspeed=zero2", "name=mine", "seed=3"
-    )
+    text = (RECIPES.parent / "README.md").read_text().replace("\\\n", "")
+    (command,) = [line for line in text.splitlines() if "launch/train.py" in line]
+    config = composed(*command.split("launch/train.py")[1].split(), "seed=3")
     assert config.cp.size == 2
     assert config.zero_stage == 2
-    assert (config.data.kind, config.data.path, config.data.seed) == ("text", "x", 3)
-    assert config.folder == "runs/mine"
+    assert (config.data.kind, config.data.path, config.data.seed) == ("text", "books/", 3)
+    assert config.folder == "runs/books"
+    # none of the quickstart's values, and what the kernels take
+    assert (config.steps, config.optim.lr, config.precision) == (5000, 3e-4, "bf16")
 
 
 @pytest.mark.parametrize(
