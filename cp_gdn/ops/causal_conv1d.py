@@ -52,11 +52,12 @@ class Halo:
 
 
 def send_halo(x: Tensor, context: CPContext | None, width: int) -> tuple[Tensor, Halo | None]:
-    """x [B, T, D] as it is, to be convolved, and the tokens before it; None where no document crosses a cut.
+    """x [B, T, D] as it is, to be convolved, and the tokens before it; None where no document crosses a cut, or
+    width is 0.
 
     What is computed between this call and the convolution hides the exchange, in the backward too.
     """
-    if context is None or not context.any_crossing:
+    if context is None or not context.any_crossing or width == 0:
         return x, None
     context.check_tokens(x)
     return _send(x, context, width)
