@@ -209,9 +209,9 @@ def build_cp_context(
     device = torch.device(device)
 
     pieces = _pieces(offsets, bounds[rank], bounds[rank + 1])
-    positions = torch.cat(
-        [torch.arange(p.end - p.start) + max(bounds[rank] - p.doc_start, 0) for p in pieces]
-    )
+    sizes = torch.tensor([p.end - p.start for p in pieces])
+    starts = torch.tensor([p.doc_start for p in pieces]).repeat_interleave(sizes)
+    positions = torch.arange(bounds[rank], bounds[rank + 1]) - starts
     context = CPContext(
         group=group,
         rank=rank,

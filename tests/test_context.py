@@ -10,6 +10,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cp_gdn import build_cp_context
 from cp_gdn.context import _check_bounds
@@ -139,3 +140,21 @@ def test_debug_mode_refuses_plans_that_differ(monkeypatch):
     monkeypatch.setenv("CP_GDN_DEBUG", "1")
     results = run_ranks(3, _disagree)
     assert all("ranks [2] planned another sharding" in r for r in results)
+
+
+def test_many_documents_take_no_operation_each():
+    """Planning is host work before every step: tensors are made of all pieces at once."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for step in (2000, 4):
+        with Count() as count:
+            build_cp_context(seq_len=2000, cu_seqlens=list(range(0, 2001, step)))
+        counts.append(count.calls)
+    assert counts[1] <= counts[0] + 5
