@@ -41,7 +41,7 @@ def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
     device = (outgoing or incoming)[0][1].device
 
     def what() -> str:
-        targets, sources = sorted({p for p, _ in outgoing}), sorted({p for p, _ in incoming})
+        targets, sources = (_global_ranks(messages, group) for messages in (outgoing, incoming))
         return f"to ranks {targets}, from ranks {sources}"
 
     stream = _stream_of(device)
@@ -57,6 +57,14 @@ def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
             assert stream is not None
             _by_mail(outgoing, incoming, group, mailbox, stream)
     meter.end(exchange)
+
+
+def _global_ranks(messages: Messages, group: Group | None) -> list[int]:
+    """The peers of the messages by their ranks in the whole job, as a watchdog names those that are missing."""
+    peers = sorted({peer for peer, _ in messages})
+    if isinstance(group, dist.ProcessGroup):
+        return [dist.get_global_rank(group, peer) for peer in peers]
+    return peers
 
 
 def _stream_of(device: torch.device) -> torch.cuda.Stream | None:

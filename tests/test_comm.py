@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from cp_gdn import boundary, build_cp_context, comm
+from cp_gdn.metering import Exchange
 from cp_gdn.scan import Summary
 
 from .distributed import run_ranks
@@ -87,3 +88,26 @@ def test_what_does_not_fit_into_a_box_takes_the_other_way_with_all_of_its_peer(m
         0: [id(c)],
     }
     assert [(peer, id(x)) for peer, x in large] == [(2, id(a)), (2, id(c))]
+
+
+def _names(rank, size):
+    pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    context = build_cp_context(pair, seq_len=10)
+    names = []
+
+    def begin(nbytes, device, what, stream):
+        names.append(what())
+        return Exchange(None)
+
+    comm.meter.begin = begin
+    peer = 1 - context.rank
+    message = [(peer, torch.ones(1))]
+    comm.swap(*((message, []) if context.rank == 0 else ([], message)), context)
+    return names
+
+
+def test_an_exchange_is_named_by_ranks_of_the_job():
+    assert run_ranks(4, _names)[2:] == [
+        ["to ranks [3], from ranks []"],
+        ["to ranks [], from ranks [2]"],
+    ]
