@@ -311,11 +311,17 @@ _mailboxes: "weakref.WeakKeyDictionary[dist.ProcessGroup, Mailbox | None]" = (
 )
 
 
+def moves_by_nccl(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether NCCL moves the group's GPU tensors. Its backend is not called "nccl" where init_process_group or
+    init_device_mesh was left to choose, nor where there is another one for the CPU."""
+    return torch.cuda.is_available() and "cuda:nccl" in dist.get_backend_config(group)
+
+
 def warm_up(group: Group | None) -> None:
     """Open the connections of an NCCL group once, all ranks together: later messages concern some of them only."""
     if group is None or isinstance(group, VirtualGroup):
         return
-    if group in _mailboxes or dist.get_backend(group) != "nccl":
+    if group in _mailboxes or not moves_by_nccl(group):
         return
     dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
     share = functools.partial(gather_objects, group=group)

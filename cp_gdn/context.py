@@ -202,7 +202,7 @@ def build_cp_context(
     if device is None and isinstance(group, VirtualGroup):
         device = group.device
     elif device is None:
-        on_gpu = isinstance(group, dist.ProcessGroup) and dist.get_backend(group) == "nccl"
+        on_gpu = isinstance(group, dist.ProcessGroup) and comm.moves_by_nccl(group)
         device = (
             torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         )

@@ -111,3 +111,35 @@ def test_an_exchange_is_named_by_ranks_of_the_job():
         ["to ranks [3], from ranks []"],
         ["to ranks [], from ranks [2]"],
     ]
+
+
+class _OnGPU(Exception):
+    pass
+
+
+def _on_gpu(rank, size):
+    """Whether a context goes to the GPU, for every way in which torch describes a group's backends."""
+
+    def current_device():
+        raise _OnGPU
+
+    torch.cuda.is_available, torch.cuda.current_device = lambda: True, current_device
+    dist.get_backend = lambda group: "undefined"  # what torch calls one that it was left to choose
+    found = {}
+    for config in ("cuda:nccl", "cpu:gloo,cuda:nccl", "cpu:gloo,cuda:gloo", "cpu:gloo"):
+        dist.get_backend_config = lambda group, config=config: config
+        try:
+            build_cp_context(dist.group.WORLD, seq_len=64)
+            found[config] = False
+        except _OnGPU:
+            found[config] = True
+    return found
+
+
+def test_nccl_is_known_by_what_moves_gpu_tensors():
+    assert run_ranks(1, _on_gpu)[0] == {
+        "cuda:nccl": True,
+        "cpu:gloo,cuda:nccl": True,
+        "cpu:gloo,cuda:gloo": False,
+        "cpu:gloo": False,
+    }
