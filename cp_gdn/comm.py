@@ -314,7 +314,7 @@ _mailboxes: "weakref.WeakKeyDictionary[dist.ProcessGroup, Mailbox | None]" = (
 def moves_by_nccl(group: dist.ProcessGroup | None = None) -> bool:
     """Whether NCCL moves the group's GPU tensors. Its backend is not called "nccl" where init_process_group or
     init_device_mesh was left to choose, nor where there is another one for the CPU."""
-    return torch.cuda.is_available() and "cuda:nccl" in dist.get_backend_config(group)
+    return "cuda:nccl" in dist.get_backend_config(group)
 
 
 def warm_up(group: Group | None) -> None:

@@ -145,7 +145,7 @@ class CPContext:
         return self._layouts[key]
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's slice of a tensor that holds the whole sequence along ``dim``; differentiable.
+        """This rank's slice of a tensor that holds the whole sequence along ``dim``, a view of it; differentiable.
 
         The gradient is zero outside the slice. Raises ValueError if ``dim`` is not ``seq_len`` long.
         """
