@@ -1,12 +1,9 @@
 """CPContext: how one batch of long sequences is cut over a group of ranks, decided once on the host.
 
-Rank r holds the tokens [bounds[r], bounds[r + 1]) of every sequence. A state crosses the cut before rank r
-where a document
-has tokens on both sides of it; a rank is *through* where one document covers it whole and goes on at both
-ends: only there is
-the transition M of `S_out = M S_in + S_ext` needed. All of this is known to every rank from the document
-offsets alone, so
-layers neither read device memory nor ask each other what to do.
+Rank r holds the tokens [bounds[r], bounds[r + 1]) of every sequence. A state crosses the cut before rank r where a
+document has tokens on both sides of it; a rank is *through* where one document covers it whole and goes on at both
+ends: only there is the transition M of `S_out = M S_in + S_ext` needed. All of this is known to every rank from the
+document offsets alone, so layers neither read device memory nor ask each other what to do.
 """
 
 import bisect
@@ -186,19 +183,9 @@ def build_cp_context(
         ValueError: the same on every rank that passes the same arguments, before any communication.
     """
     group, rank, size = _resolve_group(group)
-    (seq_len,) = _ints("seq_len", [seq_len], "a positive int, the tokens of the whole sequence")
-    if seq_len < 1:
-        raise ValueError(
-            f"seq_len is {seq_len}; it must be a positive int, the tokens of the whole sequence"
-        )
-    offsets = _check_offsets(cu_seqlens, seq_len)
-    bounds = _check_bounds(shard_sizes, seq_len, size)
-    if exchange == "auto":
-        exchange = "ring" if size <= 2 else "all_to_all"
-    if exchange not in EXCHANGES:
-        raise ValueError(
-            f"exchange={exchange!r} is unknown; choose one of {', '.join(EXCHANGES)} or auto"
-        )
+    arguments = (seq_len, cu_seqlens, shard_sizes, exchange, size)
+    agree = debug_enabled() and size > 1
+    bounds, offsets, exchange = _agreed(group, *arguments) if agree else _plan(*arguments)
     if device is None and isinstance(group, VirtualGroup):
         device = group.device
     elif device is None:
@@ -216,7 +203,7 @@ def build_cp_context(
         group=group,
         rank=rank,
         size=size,
-        seq_len=seq_len,
+        seq_len=bounds[-1],
         shard_bounds=bounds,
         cu_seqlens=offsets,
         exchange=exchange,
@@ -227,8 +214,6 @@ def build_cp_context(
     )
     context.layout(1, device)
     comm.warm_up(group)
-    if debug_enabled() and size > 1:
-        _check_agreement(context)
     return context
 
 
@@ -263,6 +248,46 @@ def _ints(name: str, values: Tensor | Sequence[int], rule: str) -> tuple[int, ..
         return tuple(map(operator.index, values.tolist() if isinstance(values, Tensor) else values))
     except TypeError:
         raise ValueError(f"{name} is {values!r}; it must be {rule}") from None
+
+
+Plan = tuple[tuple[int, ...], tuple[int, ...], str]
+
+
+def _plan(seq_len: Any, cu_seqlens: Any, shard_sizes: Any, exchange: str, size: int) -> Plan:
+    """Bounds, offsets and exchange of the arguments of build_cp_context."""
+    rule = "a positive int, the tokens of the whole sequence"
+    (seq_len,) = _ints("seq_len", [seq_len], rule)
+    if seq_len < 1:
+        raise ValueError(f"seq_len is {seq_len}; it must be {rule}")
+    offsets = _check_offsets(cu_seqlens, seq_len)
+    bounds = _check_bounds(shard_sizes, seq_len, size)
+    if exchange == "auto":
+        exchange = "ring" if size <= 2 else "all_to_all"
+    if exchange not in EXCHANGES:
+        raise ValueError(
+            f"exchange={exchange!r} is unknown; choose one of {', '.join(EXCHANGES)} or auto"
+        )
+    return bounds, offsets, exchange
+
+
+def _agreed(group: comm.Group | None, *arguments: Any) -> Plan:
+    """:func:`_plan`, or an error on every rank where one rank's arguments are bad or not those of another."""
+    mine: Plan | str
+    try:
+        mine = _plan(*arguments)
+    except ValueError as problem:
+        mine = str(problem)
+    plans = comm.gather_objects(mine, group)
+    odd = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
+    if odd:
+        bad = [f"; rank {rank}: {plan}" for rank, plan in enumerate(plans) if isinstance(plan, str)]
+        raise ValueError(
+            f"ranks {odd} planned another sharding than rank 0 (bounds, offsets or exchange differ); every rank must "
+            f"call build_cp_context with the same seq_len, cu_seqlens, shard_sizes and exchange{''.join(bad)}"
+        )
+    if isinstance(mine, str):
+        raise ValueError(mine)
+    return mine
 
 
 def _check_offsets(cu_seqlens: Tensor | Sequence[int] | None, seq_len: int) -> tuple[int, ...]:
@@ -322,15 +347,3 @@ def _pieces(offsets: tuple[int, ...], start: int, end: int) -> tuple[Piece, ...]
             break
         pieces.append(Piece(max(low, start) - start, min(high, end) - start, doc, low, high))
     return tuple(pieces)
-
-
-def _check_agreement(context: CPContext) -> None:
-    mine = (context.shard_bounds, context.cu_seqlens, context.exchange)
-    plans = comm.gather_objects(mine, context.group)
-    odd = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
-    if odd:
-        raise ValueError(
-            f"ranks {odd} planned another sharding than rank 0 (bounds, offsets or exchange differ); "
-            "every rank must call "
-            "build_cp_context with the same seq_len, cu_seqlens, shard_sizes and exchange"
-        )

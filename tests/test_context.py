@@ -130,16 +130,21 @@ def test_bad_plans(kwargs, message):
 
 
 def _disagree(rank, size):
-    try:
-        build_cp_context(dist.group.WORLD, seq_len=64 + 64 * (rank == 2))
-    except ValueError as error:
-        return str(error)
+    errors = []
+    for odd in (128, 2):  # another plan, and one that cannot be: no rank waits for it in vain
+        try:
+            build_cp_context(dist.group.WORLD, seq_len=odd if rank == 2 else 64)
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
 
 
 def test_debug_mode_refuses_plans_that_differ(monkeypatch):
     monkeypatch.setenv("CP_GDN_DEBUG", "1")
     results = run_ranks(3, _disagree)
-    assert all("ranks [2] planned another sharding" in r for r in results)
+    assert results[0] == results[1] == results[2]
+    assert all("ranks [2] planned another sharding" in error for error in results[0])
+    assert "rank 2: seq_len 2 is smaller than the 3 ranks" in results[0][1]
 
 
 def test_many_documents_take_no_operation_each():
