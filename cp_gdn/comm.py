@@ -41,7 +41,7 @@ def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
     device = (outgoing or incoming)[0][1].device
 
     def what() -> str:
-        targets, sources = sorted({p for p, _ in outgoing}), sorted({p for p, _ in incoming})
+        targets, sources = (_global_ranks(messages, group) for messages in (outgoing, incoming))
         return f"to ranks {targets}, from ranks {sources}"
 
     stream = _stream_of(device)
@@ -57,6 +57,14 @@ def swap(outgoing: Messages, incoming: Messages, context: "CPContext") -> None:
             assert stream is not None
             _by_mail(outgoing, incoming, group, mailbox, stream)
     meter.end(exchange)
+
+
+def _global_ranks(messages: Messages, group: Group | None) -> list[int]:
+    """The peers of the messages by their ranks in the whole job, as a watchdog names those that are missing."""
+    peers = sorted({peer for peer, _ in messages})
+    if isinstance(group, dist.ProcessGroup):
+        return [dist.get_global_rank(group, peer) for peer in peers]
+    return peers
 
 
 def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
@@ -303,11 +311,17 @@ _mailboxes: "weakref.WeakKeyDictionary[dist.ProcessGroup, Mailbox | None]" = (
 )
 
 
+def moves_by_nccl(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether NCCL moves the group's GPU tensors. Its backend is not called "nccl" where init_process_group or
+    init_device_mesh was left to choose, nor where there is another one for the CPU."""
+    return "cuda:nccl" in dist.get_backend_config(group)
+
+
 def warm_up(group: Group | None) -> None:
     """Open the connections of an NCCL group once, all ranks together: later messages concern some of them only."""
     if group is None or isinstance(group, VirtualGroup):
         return
-    if group in _mailboxes or dist.get_backend(group) != "nccl":
+    if group in _mailboxes or not moves_by_nccl(group):
         return
     dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
     share = functools.partial(gather_objects, group=group)

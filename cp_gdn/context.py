@@ -1,16 +1,14 @@
 """CPContext: how one batch of long sequences is cut over a group of ranks, decided once on the host.
 
-Rank r holds the tokens [bounds[r], bounds[r + 1]) of every sequence. A state crosses the cut before rank r
-where a document
-has tokens on both sides of it; a rank is *through* where one document covers it whole and goes on at both
-ends: only there is
-the transition M of `S_out = M S_in + S_ext` needed. All of this is known to every rank from the document
-offsets alone, so
-layers neither read device memory nor ask each other what to do.
+Rank r holds the tokens [bounds[r], bounds[r + 1]) of every sequence. A state crosses the cut before rank r where a
+document has tokens on both sides of it; a rank is *through* where one document covers it whole and goes on at both
+ends: only there is the transition M of `S_out = M S_in + S_ext` needed. All of this is known to every rank from the
+document offsets alone, so layers neither read device memory nor ask each other what to do.
 """
 
 import bisect
 import itertools
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -144,7 +142,7 @@ class CPContext:
         return self._layouts[key]
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's slice of a tensor that holds the whole sequence along ``dim``; differentiable.
+        """This rank's slice of a tensor that holds the whole sequence along ``dim``, a view of it; differentiable.
 
         The gradient is zero outside the slice. Raises ValueError if ``dim`` is not ``seq_len`` long.
         """
@@ -185,36 +183,27 @@ def build_cp_context(
         ValueError: the same on every rank that passes the same arguments, before any communication.
     """
     group, rank, size = _resolve_group(group)
-    if not isinstance(seq_len, int) or seq_len < 1:
-        raise ValueError(
-            f"seq_len is {seq_len!r}; it must be a positive int: the tokens of the whole sequence"
-        )
-    offsets = _check_offsets(cu_seqlens, seq_len)
-    bounds = _check_bounds(shard_sizes, seq_len, size)
-    if exchange == "auto":
-        exchange = "ring" if size <= 2 else "all_to_all"
-    if exchange not in EXCHANGES:
-        raise ValueError(
-            f"exchange={exchange!r} is unknown; choose one of {', '.join(EXCHANGES)} or auto"
-        )
+    arguments = (seq_len, cu_seqlens, shard_sizes, exchange, size)
+    agree = debug_enabled() and size > 1
+    bounds, offsets, exchange = _agreed(group, *arguments) if agree else _plan(*arguments)
     if device is None and isinstance(group, VirtualGroup):
         device = group.device
     elif device is None:
-        on_gpu = isinstance(group, dist.ProcessGroup) and dist.get_backend(group) == "nccl"
+        on_gpu = isinstance(group, dist.ProcessGroup) and comm.moves_by_nccl(group)
         device = (
             torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         )
     device = torch.device(device)
 
     pieces = _pieces(offsets, bounds[rank], bounds[rank + 1])
-    positions = torch.cat(
-        [torch.arange(p.end - p.start) + max(bounds[rank] - p.doc_start, 0) for p in pieces]
-    )
+    sizes = torch.tensor([p.end - p.start for p in pieces])
+    starts = torch.tensor([p.doc_start for p in pieces]).repeat_interleave(sizes)
+    positions = torch.arange(bounds[rank], bounds[rank + 1]) - starts
     context = CPContext(
         group=group,
         rank=rank,
         size=size,
-        seq_len=seq_len,
+        seq_len=bounds[-1],
         shard_bounds=bounds,
         cu_seqlens=offsets,
         exchange=exchange,
@@ -225,8 +214,6 @@ def build_cp_context(
     )
     context.layout(1, device)
     comm.warm_up(group)
-    if debug_enabled() and size > 1:
-        _check_agreement(context)
     return context
 
 
@@ -255,17 +242,58 @@ def _resolve_group(group) -> tuple[comm.Group | None, int, int]:
     return group, dist.get_rank(group), dist.get_world_size(group)
 
 
+def _ints(name: str, values: Tensor | Sequence[int], rule: str) -> tuple[int, ...]:
+    """Integers as they are: what int() would round or parse is refused."""
+    try:
+        return tuple(map(operator.index, values.tolist() if isinstance(values, Tensor) else values))
+    except TypeError:
+        raise ValueError(f"{name} is {values!r}; it must be {rule}") from None
+
+
+Plan = tuple[tuple[int, ...], tuple[int, ...], str]
+
+
+def _plan(seq_len: Any, cu_seqlens: Any, shard_sizes: Any, exchange: str, size: int) -> Plan:
+    """Bounds, offsets and exchange of the arguments of build_cp_context."""
+    rule = "a positive int, the tokens of the whole sequence"
+    (seq_len,) = _ints("seq_len", [seq_len], rule)
+    if seq_len < 1:
+        raise ValueError(f"seq_len is {seq_len}; it must be {rule}")
+    offsets = _check_offsets(cu_seqlens, seq_len)
+    bounds = _check_bounds(shard_sizes, seq_len, size)
+    if exchange == "auto":
+        exchange = "ring" if size <= 2 else "all_to_all"
+    if exchange not in EXCHANGES:
+        raise ValueError(
+            f"exchange={exchange!r} is unknown; choose one of {', '.join(EXCHANGES)} or auto"
+        )
+    return bounds, offsets, exchange
+
+
+def _agreed(group: comm.Group | None, *arguments: Any) -> Plan:
+    """:func:`_plan`, or an error on every rank where one rank's arguments are bad or not those of another."""
+    mine: Plan | str
+    try:
+        mine = _plan(*arguments)
+    except ValueError as problem:
+        mine = str(problem)
+    plans = comm.gather_objects(mine, group)
+    odd = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
+    if odd:
+        bad = [f"; rank {rank}: {plan}" for rank, plan in enumerate(plans) if isinstance(plan, str)]
+        raise ValueError(
+            f"ranks {odd} planned another sharding than rank 0 (bounds, offsets or exchange differ); every rank must "
+            f"call build_cp_context with the same seq_len, cu_seqlens, shard_sizes and exchange{''.join(bad)}"
+        )
+    if isinstance(mine, str):
+        raise ValueError(mine)
+    return mine
+
+
 def _check_offsets(cu_seqlens: Tensor | Sequence[int] | None, seq_len: int) -> tuple[int, ...]:
     if cu_seqlens is None:
         return (0, seq_len)
-    if isinstance(cu_seqlens, Tensor):
-        if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
-            raise ValueError(
-                f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must be a 1-D integer tensor "
-                "of document offsets"
-            )
-        cu_seqlens = cu_seqlens.tolist()
-    offsets = tuple(int(c) for c in cu_seqlens)
+    offsets = _ints("cu_seqlens", cu_seqlens, "document offsets, a list or 1-D tensor of integers")
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != seq_len:
         raise ValueError(
             f"cu_seqlens runs from {offsets[0] if offsets else None} to "
@@ -295,10 +323,10 @@ def _check_bounds(shard_sizes: Sequence[int] | None, seq_len: int, size: int) ->
         each, extra = divmod(blocks, size)
         cuts = [min(seq_len, unit * (r * each + min(r, extra))) for r in range(size + 1)]
         return tuple(cuts)
-    sizes = [int(s) for s in shard_sizes]
+    sizes = _ints("shard_sizes", shard_sizes, "one integer for each rank")
     if len(sizes) != size or any(s < 1 for s in sizes):
         raise ValueError(
-            f"shard_sizes is {sizes} for {size} ranks; give one positive number of tokens for each rank"
+            f"shard_sizes is {list(sizes)} for {size} ranks; give one positive number of tokens for each rank"
         )
     if sum(sizes) != seq_len:
         raise ValueError(
@@ -319,15 +347,3 @@ def _pieces(offsets: tuple[int, ...], start: int, end: int) -> tuple[Piece, ...]
             break
         pieces.append(Piece(max(low, start) - start, min(high, end) - start, doc, low, high))
     return tuple(pieces)
-
-
-def _check_agreement(context: CPContext) -> None:
-    mine = (context.shard_bounds, context.cu_seqlens, context.exchange)
-    plans = comm.gather_objects(mine, context.group)
-    odd = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
-    if odd:
-        raise ValueError(
-            f"ranks {odd} planned another sharding than rank 0 (bounds, offsets or exchange differ); "
-            "every rank must call "
-            "build_cp_context with the same seq_len, cu_seqlens, shard_sizes and exchange"
-        )

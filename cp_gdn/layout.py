@@ -82,31 +82,32 @@ class ChunkLayout:
 def build_layout(pieces: tuple[Piece, ...], batch: int, device: torch.device) -> ChunkLayout:
     """The layout of ``batch`` rows that are each cut into ``pieces`` (one piece where batch > 1)."""
     num_tokens = pieces[-1].end
-    spans = [(row * num_tokens + p.start, p.end - p.start) for row in range(batch) for p in pieces]
-    counts = [-(-length // CHUNK) for _, length in spans]
-    order = sorted(range(len(spans)), key=lambda i: -counts[i])
+    lengths = [p.end - p.start for p in pieces] * batch
+    counts = [-(-length // CHUNK) for length in lengths]
+    order = sorted(range(len(counts)), key=lambda i: -counts[i])
     position = [0] * len(order)
     for place, sequence in enumerate(order):
         position[sequence] = place
 
     step_offsets = [0]
     active = len(order)
-    for step in range(counts[order[0]]):
-        while counts[order[active - 1]] <= step:
+    for done in range(counts[order[0]]):
+        while counts[order[active - 1]] <= done:
             active -= 1
         step_offsets.append(step_offsets[-1] + active)
 
-    offsets = torch.tensor(step_offsets, dtype=torch.long)
-    slots = torch.empty(batch * num_tokens, dtype=torch.long)
-    for sequence, (start, length) in enumerate(spans):
-        token = torch.arange(length)
-        chunk = offsets[token // CHUNK] + position[sequence]
-        slots[start : start + length] = chunk * CHUNK + token % CHUNK
-    dense = len(spans) == 1 and num_tokens % CHUNK == 0
+    # of every chunk, sequence by sequence: its step, its first token and how many it holds
+    sizes, chunks = torch.tensor(lengths), torch.tensor(counts)
+    step = torch.arange(sum(counts)) - (chunks.cumsum(0) - chunks).repeat_interleave(chunks)
+    start = (sizes.cumsum(0) - sizes).repeat_interleave(chunks) + step * CHUNK
+    held = (sizes.repeat_interleave(chunks) - step * CHUNK).clamp_(max=CHUNK)
+    chunk = torch.tensor(step_offsets)[step] + torch.tensor(position).repeat_interleave(chunks)
+    slots = torch.arange(batch * num_tokens) + (chunk * CHUNK - start).repeat_interleave(held)
+    dense = len(lengths) == 1 and num_tokens % CHUNK == 0
     return ChunkLayout(
         batch=batch,
         num_tokens=num_tokens,
-        num_sequences=len(spans),
+        num_sequences=len(lengths),
         order=tuple(order),
         step_offsets=tuple(step_offsets),
         dense=dense,

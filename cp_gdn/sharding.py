@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import comm
+from .eager import untraced
 
 if TYPE_CHECKING:
     from .context import CPContext
@@ -43,6 +45,7 @@ class _Gather(torch.autograd.Function):
         return comm.gather_rows(local.movedim(dim, 0), context).movedim(0, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return (
             comm.sum_rows(grads[0].movedim(ctx.dim, 0), ctx.context).movedim(0, ctx.dim),
@@ -51,9 +54,12 @@ class _Gather(torch.autograd.Function):
         )
 
 
+_gather = untraced(_Gather.apply)
+
+
 def gather(local: Tensor, context: "CPContext", dim: int = 1) -> Tensor:
     """Every rank's slice along ``dim`` (length num_tokens), put together in rank order on every rank."""
     dim = _check_length(local, dim, context.num_tokens, "num_tokens")
     if context.size == 1:
         return local
-    return _Gather.apply(local, context, dim)
+    return _gather(local, context, dim)

@@ -39,6 +39,9 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"}.intersection(sys.argv):
+        print(__doc__)
+        raise SystemExit
     try:
         main(sys.argv[1:])
     except (ValueError, OmegaConfBaseException) as problem:

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from cp_gdn.kernels.variants import Variant, variants
 from cp_gdn.ops.head_dims import DIM
 
+SIZES = ("key_heads", "value_heads", "key_dim", "value_dim")
+DTYPES = ("bfloat16", "float16")
 MODELS = Path(__file__).resolve().parent.parent / "recipes" / "model"
 
 
@@ -37,6 +39,23 @@ class Options:
     gate_dtype: str = "float32"
     beta_dtype: str = "float32"
     jobs: int = 2
+
+
+def check(options: Options, given: set[str]) -> None:
+    """Raise ValueError for what no kernel takes and for heads beside a model that has its own."""
+    twice = sorted(given.intersection(SIZES))
+    if options.model is not None and twice:
+        raise ValueError(f"model={options.model} has its own {', '.join(twice)}; leave one out")
+    for name in (*SIZES, "jobs"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}={getattr(options, name)}; it must be at least 1")
+    if options.dtype not in DTYPES:
+        raise ValueError(f"dtype={options.dtype}; the kernels take {' and '.join(DTYPES)}")
+    for name in ("gate_dtype", "beta_dtype"):
+        if getattr(options, name) not in ("float32", options.dtype):
+            raise ValueError(
+                f"{name}={getattr(options, name)}; it may be float32 or dtype, {options.dtype}"
+            )
 
 
 def heads(options: Options) -> tuple[int, int, int, int]:
@@ -62,8 +81,10 @@ def build(variant: Variant) -> tuple[Variant, float]:
 
 def main(arguments: list[str]) -> None:
     schema = OmegaConf.structured(Options)
-    options = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(arguments)))
+    given = OmegaConf.from_dotlist(arguments)
+    options = OmegaConf.to_object(OmegaConf.merge(schema, given))
     assert isinstance(options, Options)
+    check(options, {str(name) for name in given})
     key_heads, value_heads, key_dim, value_dim = heads(options)
     if value_heads % key_heads:
         raise ValueError(f"{value_heads} value heads are no multiple of {key_heads} key heads")
@@ -91,6 +112,9 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"}.intersection(sys.argv):
+        print(__doc__)
+        raise SystemExit
     try:
         main(sys.argv[1:])
     except (ValueError, OmegaConfBaseException) as problem:

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from cp_gdn import boundary, build_cp_context, comm
+from cp_gdn.metering import Exchange
 from cp_gdn.scan import Summary
 
 from .distributed import run_ranks
@@ -87,3 +88,58 @@ def test_what_does_not_fit_into_a_box_takes_the_other_way_with_all_of_its_peer(m
         0: [id(c)],
     }
     assert [(peer, id(x)) for peer, x in large] == [(2, id(a)), (2, id(c))]
+
+
+def _names(rank, size):
+    pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    context = build_cp_context(pair, seq_len=10)
+    names = []
+
+    def begin(nbytes, device, what, stream):
+        names.append(what())
+        return Exchange(None)
+
+    comm.meter.begin = begin
+    peer = 1 - context.rank
+    message = [(peer, torch.ones(1))]
+    comm.swap(*((message, []) if context.rank == 0 else ([], message)), context)
+    return names
+
+
+def test_an_exchange_is_named_by_ranks_of_the_job():
+    assert run_ranks(4, _names)[2:] == [
+        ["to ranks [3], from ranks []"],
+        ["to ranks [], from ranks [2]"],
+    ]
+
+
+class _OnGPU(Exception):
+    pass
+
+
+def _on_gpu(rank, size):
+    """Whether a context goes to the GPU, for every way in which torch describes a group's backends."""
+
+    def current_device():
+        raise _OnGPU
+
+    torch.cuda.current_device = current_device
+    dist.get_backend = lambda group: "undefined"  # what torch calls one that it was left to choose
+    found = {}
+    for config in ("cuda:nccl", "cpu:gloo,cuda:nccl", "cpu:gloo,cuda:gloo", "cpu:gloo"):
+        dist.get_backend_config = lambda group, config=config: config
+        try:
+            build_cp_context(dist.group.WORLD, seq_len=64)
+            found[config] = False
+        except _OnGPU:
+            found[config] = True
+    return found
+
+
+def test_nccl_is_known_by_what_moves_gpu_tensors():
+    assert run_ranks(1, _on_gpu)[0] == {
+        "cuda:nccl": True,
+        "cpu:gloo,cuda:nccl": True,
+        "cpu:gloo,cuda:gloo": False,
+        "cpu:gloo": False,
+    }

@@ -3,12 +3,14 @@
 import bisect
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cp_gdn import build_cp_context
 from cp_gdn.context import _check_bounds
@@ -78,6 +80,11 @@ def test_one_rank_needs_no_process_group():
     assert torch.equal(context.gather(context.shard(x)), x)
 
 
+def test_integers_may_be_of_numpy():
+    context = build_cp_context(seq_len=np.int64(10), cu_seqlens=np.array([0, 4, 10], np.int32))
+    assert (context.seq_len, context.cu_seqlens) == (10, (0, 4, 10))
+
+
 def _mesh_and_groups(rank, size):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
     context = build_cp_context(mesh["cp"], seq_len=8)
@@ -108,7 +115,12 @@ def test_mesh_and_groups_that_do_not_fit():
         (dict(seq_len=8, cu_seqlens=[0, 5, 4, 8]), "not increasing: entry 2 is 4 after 5"),
         (dict(seq_len=8, cu_seqlens=[1, 8]), "must run from 0"),
         (dict(seq_len=8, cu_seqlens=[0, 9]), "must run from 0"),
-        (dict(seq_len=8, cu_seqlens=torch.tensor([0.0, 8.0])), "1-D integer"),
+        (dict(seq_len=8, cu_seqlens=torch.tensor([0.0, 8.0])), "1-D tensor of integers"),
+        (dict(seq_len=8, cu_seqlens=torch.tensor([[0, 8]])), "1-D tensor of integers"),
+        (dict(seq_len=8, cu_seqlens=[0, 3.5, 8]), r"cu_seqlens is \[0, 3.5, 8\]; it must be"),
+        (dict(seq_len=8, cu_seqlens=8), "cu_seqlens is 8; it must be document offsets"),
+        (dict(seq_len=8, shard_sizes=[8.9]), r"shard_sizes is \[8.9\]; it must be one integer"),
+        (dict(seq_len=8.5), "positive int"),
         (dict(seq_len=8, exchange="tree"), "choose one of ring"),
     ],
 )
@@ -118,13 +130,36 @@ def test_bad_plans(kwargs, message):
 
 
 def _disagree(rank, size):
-    try:
-        build_cp_context(dist.group.WORLD, seq_len=64 + 64 * (rank == 2))
-    except ValueError as error:
-        return str(error)
+    errors = []
+    for odd in (128, 2):  # another plan, and one that cannot be: no rank waits for it in vain
+        try:
+            build_cp_context(dist.group.WORLD, seq_len=odd if rank == 2 else 64)
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
 
 
 def test_debug_mode_refuses_plans_that_differ(monkeypatch):
     monkeypatch.setenv("CP_GDN_DEBUG", "1")
     results = run_ranks(3, _disagree)
-    assert all("ranks [2] planned another sharding" in r for r in results)
+    assert results[0] == results[1] == results[2]
+    assert all("ranks [2] planned another sharding" in error for error in results[0])
+    assert "rank 2: seq_len 2 is smaller than the 3 ranks" in results[0][1]
+
+
+def test_many_documents_take_no_operation_each():
+    """Planning is host work before every step: tensors are made of all pieces at once."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for step in (2000, 4):
+        with Count() as count:
+            build_cp_context(seq_len=2000, cu_seqlens=list(range(0, 2001, step)))
+        counts.append(count.calls)
+    assert counts[1] <= counts[0] + 5

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 BASE = {
     "balance",
     "context",
+    "eager",
     "sharding",
     "layout",
     "scan",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..context import CPContext
 from ..ops.attention import causal_attention
 from ..ops.chunked import compute_dtype
+from .inputs import check_hidden_states
 from .norm import RMSNorm
 
 
@@ -57,7 +58,7 @@ class CPAttention(nn.Module):
                 f"num_heads is {num_heads} and num_kv_heads {num_kv_heads}; num_heads must be a "
                 "multiple of num_kv_heads"
             )
-        self.head_dim, self.rope_theta = head_dim, rope_theta
+        self.hidden_size, self.head_dim, self.rope_theta = hidden_size, head_dim, rope_theta
         self.rotary_dim = int(head_dim * partial_rotary_factor)
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(
@@ -82,12 +83,13 @@ class CPAttention(nn.Module):
             cp_context: carries the shards and the documents; None: one rank, one document a row.
 
         Raises:
-            ValueError: tokens that the context does not expect, B > 1 with packed documents.
+            ValueError: another shape, tokens that the context does not expect, B > 1 with packed
+                documents.
         """
+        check_hidden_states(hidden_states, self.hidden_size, cp_context)
         if cp_context is None:
             positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         else:
-            cp_context.check_tokens(hidden_states)
             positions = cp_context.position_ids
         heads = (-1, self.head_dim)
         q, gate = self.q_proj(hidden_states).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)

@@ -20,6 +20,7 @@ from ..ops.engines import check_engine
 from ..ops.gated_delta_rule import chunk_gated_delta_rule
 from ..ops.gates import decay_and_strength
 from .conv import CausalConv1d
+from .inputs import check_hidden_states
 from .norm import GatedRMSNorm
 
 _FLAT = ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
@@ -72,7 +73,7 @@ class CPGatedDeltaNet(nn.Module):
                 f"num_v_heads is {num_v_heads} and num_k_heads {num_k_heads}; every key head serves "
                 "the same number of value heads, so num_v_heads must be a multiple of num_k_heads"
             )
-        self.engine = engine
+        self.engine, self.hidden_size = engine, hidden_size
         self.num_k_heads, self.num_v_heads = num_k_heads, num_v_heads
         self.head_k_dim, self.head_v_dim = head_k_dim, head_v_dim
         self.key_dim = num_k_heads * head_k_dim
@@ -100,10 +101,10 @@ class CPGatedDeltaNet(nn.Module):
             cp_context: carries the shards and the documents; None: one rank, one document a row.
 
         Raises:
-            ValueError: tokens that the context does not expect, B > 1 with packed documents.
+            ValueError: another shape, tokens that the context does not expect, B > 1 with packed
+                documents.
         """
-        if cp_context is not None:
-            cp_context.check_tokens(hidden_states)
+        check_hidden_states(hidden_states, self.hidden_size, cp_context)
         around = "torch" if self.engine == "torch" else "auto"
         for_qkv, for_z, for_a, for_b = share_copy(hidden_states, 4)
         qkv, halo = self.conv1d.send_halo(self.in_proj_qkv(for_qkv), cp_context)

@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import comm
 from ..balance import Plan, plan_for
 from ..context import CPContext
+from ..eager import untraced
 from .flash_attention import attend
 
 
+@untraced
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -144,6 +147,7 @@ class _HandOut(torch.autograd.Function):
         return tuple(map(_rows, runs))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         parts = list(map(_rows, grads))
         mail = _Mail(ctx.plan)
@@ -166,6 +170,7 @@ class _HandBack(torch.autograd.Function):
         return _rows(o).contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         mail = _Mail(ctx.plan)
         parts = mail.hand_out(_rows(grads[0]))

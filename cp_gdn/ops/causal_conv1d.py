@@ -14,10 +14,12 @@ from typing import Any, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import boundary
 from ..comm import Pending
 from ..context import CPContext
+from ..eager import untraced
 from .engines import obstacle, use_kernels
 
 _WIDTH, _MULTIPLE = 4, 4  # taps, and channels of a part, that the kernels take
@@ -50,13 +52,19 @@ class Halo:
 
 
 def send_halo(x: Tensor, context: CPContext | None, width: int) -> tuple[Tensor, Halo | None]:
-    """x [B, T, D] as it is, to be convolved, and the tokens before it; None where no document crosses a cut.
+    """x [B, T, D] as it is, to be convolved, and the tokens before it; None where no document crosses a cut, or
+    width is 0.
 
     What is computed between this call and the convolution hides the exchange, in the backward too.
     """
-    if context is None or not context.any_crossing:
+    if context is None or not context.any_crossing or width == 0:
         return x, None
     context.check_tokens(x)
+    return _send(x, context, width)
+
+
+@untraced
+def _send(x: Tensor, context: CPContext, width: int) -> tuple[Tensor, Halo]:
     halo = Halo(x, context, width)
     return _Sent.apply(x, halo), halo
 
@@ -70,6 +78,7 @@ class _Sent(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.halo.add_gradients(grads[0]), None
 
@@ -83,9 +92,13 @@ class _Received(torch.autograd.Function):
         return halo.tokens()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         ctx.halo.give_back(grads[0])
         return None, None
+
+
+_received = untraced(_Received.apply)
 
 
 class _FusedConv(torch.autograd.Function):
@@ -112,6 +125,7 @@ class _FusedConv(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from ..kernels.conv_backward import causal_conv_silu_backward
 
@@ -123,6 +137,9 @@ class _FusedConv(torch.autograd.Function):
         if ctx.halo is not None:
             ctx.halo.give_back(dhalo)
         return dx, dfilters.to(filters.dtype), None, None, None
+
+
+_fused_conv = untraced(_FusedConv.apply)
 
 
 @overload
@@ -213,7 +230,7 @@ def causal_conv1d(
         x, halo = send_halo(x, cp_context, filters.shape[1] - 1)
     if kernels:
         assert split is not None
-        return _FusedConv.apply(x, filters, tuple(split), cp_context, halo)
+        return _fused_conv(x, filters, tuple(split), cp_context, halo)
     y = _convolve(x, filters.to(x.dtype), bias, cp_context, halo)
     y = F.silu(y) if activation == "silu" else y
     return y if split is None else y.split(list(split), -1)
@@ -228,7 +245,7 @@ def _convolve(
 ) -> Tensor:
     B, T, D = x.shape
     width = filters.shape[1] - 1
-    before = x.new_zeros(B, width, D) if halo is None else _Received.apply(x, halo)
+    before = x.new_zeros(B, width, D) if halo is None else _received(x, halo)
     padded = torch.cat((before, x), 1)  # [B, width + T, D]
     if cp_context is not None and cp_context.num_documents > 1:
         positions = cp_context.position_ids.to(x.device)

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import boundary, comm
 from ..context import CPContext, build_cp_context, debug_enabled
+from ..eager import untraced
 from . import chunked, head_dims, hopper
 from .engines import use_kernels
 from .reference import l2_normalize
@@ -27,6 +29,7 @@ log = logging.getLogger("cp_gdn")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@untraced
 def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -71,9 +74,9 @@ def chunk_gated_delta_rule(
     if context is None or cu_seqlens is not None:
         context = _context_for(q, cu_seqlens, cp_context)
     kind = (
-        q.device, q.shape, k.shape, v.shape, g.shape, beta.shape,
+        q.device, k.device, v.device, g.device, beta.device, q.shape, k.shape, v.shape, g.shape, beta.shape,
         q.dtype, k.dtype, v.dtype, g.dtype, beta.dtype,
-        None if initial_state is None else (initial_state.shape, initial_state.dtype),
+        None if initial_state is None else (initial_state.shape, initial_state.dtype, initial_state.device),
         engine, scale, use_qk_l2norm_in_kernel, output_final_state,
     )  # fmt: skip
     call = context.calls.get(kind)
@@ -142,6 +145,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         return o, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         do, dfinal = grads
         call: _Call = ctx.call
@@ -217,6 +221,10 @@ def _check_shapes(q, k, v, g, beta, initial_state, context: CPContext) -> None:
     if v.ndim != 4 or v.shape[:2] != (B, T):
         raise ValueError(f"v has shape {tuple(v.shape)}; expected [B = {B}, T = {T}, Hv, V]")
     Hv, V = v.shape[2:]
+    if 0 in q.shape or 0 in v.shape:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}; no dimension may be empty: leave such a call out"
+        )
     if Hv % Hk:
         raise ValueError(
             f"{Hv} value heads and {Hk} key heads; Hv must be a multiple of Hk, each key head serving "
@@ -232,6 +240,9 @@ def _check_shapes(q, k, v, g, beta, initial_state, context: CPContext) -> None:
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must share one of bf16, fp16, "
             "fp32, fp64: cast them"
         )
+    for name, x in (("k", k), ("v", v), ("g", g), ("beta", beta), ("initial_state", initial_state)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} but q on {q.device}; move it there")
     state_dtype = chunked.compute_dtype(q.dtype)
     for name, x in (("g", g), ("beta", beta)):
         if x.dtype not in (q.dtype, state_dtype):
@@ -279,4 +290,9 @@ def _pick_engine(engine: str, q: Tensor) -> str:
 
 @functools.cache
 def _announce(engine: str, device: str, obstacle: str | None) -> None:
-    log.info("engine auto picked %s on %s%s", engine, device, f" ({obstacle})" if obstacle else "")
+    if engine == "torch" and device == "cuda":  # to be seen where nothing configures logging
+        log.warning(
+            "engine auto picked torch, many times slower than tilelang, which cannot: %s", obstacle
+        )
+    else:
+        log.info("engine auto picked %s on %s", engine, device)

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
+from ..eager import untraced
 from .chunked import compute_dtype
 from .engines import obstacle, use_kernels
 
@@ -33,12 +35,16 @@ class _FusedGatedNorm(Function):
         return gated_norm(x, gate, weight.float(), eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from ..kernels.norm import gated_norm_backward
 
         x, gate, weight = ctx.saved_tensors
         dx, dgate, dweight = gated_norm_backward(x, gate, weight.float(), *grads, ctx.eps)
         return dx, dgate, dweight.to(weight.dtype), None
+
+
+_fused_gated_norm = untraced(_FusedGatedNorm.apply)
 
 
 def gated_rms_norm(
@@ -69,7 +75,7 @@ def gated_rms_norm(
             f"with D = {x.shape[-1]}"
         )
     if use_kernels(engine, reason):
-        return _FusedGatedNorm.apply(x, gate, weight, eps)
+        return _fused_gated_norm(x, gate, weight, eps)
     wide = compute_dtype(x.dtype)
     y = normalize(x.to(wide), eps) * weight.to(wide)
     return (y * F.silu(gate.to(wide))).to(x.dtype)

@@ -10,7 +10,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
+from ..eager import untraced
 from .chunked import compute_dtype
 from .engines import obstacle, use_kernels
 
@@ -28,6 +30,7 @@ class _FusedGates(Function):
         return decay_and_strength(a, b, A_log.float(), dt_bias.float())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         from ..kernels.gates import decay_and_strength_backward
 
@@ -36,6 +39,9 @@ class _FusedGates(Function):
             a, b, A_log.float(), dt_bias.float(), *grads
         )
         return da, db, dA_log.to(A_log.dtype), ddt_bias.to(dt_bias.dtype)
+
+
+_fused_gates = untraced(_FusedGates.apply)
 
 
 def decay_and_strength(
@@ -66,7 +72,7 @@ def decay_and_strength(
             f"{b.dtype} with {a.shape[-1]} heads"
         )
     if use_kernels(engine, reason):
-        return _FusedGates.apply(a, b, A_log, dt_bias)
+        return _fused_gates(a, b, A_log, dt_bias)
     wide = compute_dtype(a.dtype)
     g = -A_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias.to(wide))
     return g, b.to(wide).sigmoid()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 DIM = 128  # columns of the kernels' heads
 _WIDE = torch.complex128  # 16 bytes, what a thread of a GPU moves at a time
@@ -79,6 +80,7 @@ class _Columns(torch.autograd.Function):
         return _copied(x, count)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _copied(grads[0], ctx.count), None
 

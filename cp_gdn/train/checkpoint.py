@@ -8,6 +8,7 @@ each rank its random state, the first rank ``run.json``.
 
 import json
 import os
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -87,12 +88,18 @@ class Checkpoints:
 
     def load(self, engine: Any, tag: str) -> None:
         """Restore model, optimizer and this rank's random state."""
-        path, _ = engine.load_checkpoint(str(self._folder), tag=tag)
+        try:
+            path, _ = engine.load_checkpoint(str(self._folder), tag=tag)
+            state = torch.load(self._folder / tag / self._random_name(), weights_only=False)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"could not load the checkpoint {self._folder / tag} ({type(error).__name__}: {error}); if a file is "
+                "missing or damaged, delete that folder to resume from an earlier one"
+            ) from error
         if path is None:
             raise ValueError(
                 f"{self._folder / tag} holds no complete DeepSpeed checkpoint; delete it to resume from an earlier one"
             )
-        state = torch.load(self._folder / tag / self._random_name(), weights_only=False)
         _set_random_state(state)
 
     def save(self, engine: Any, state: dict[str, Any], *, step: int) -> Path:

@@ -41,7 +41,7 @@ def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _at_least(what: str, value: float, least: float) -> None:
-    if value < least:
+    if not value >= least:  # NaN neither
         raise ValueError(f"{what} is {value} but must be at least {least}")
 
 
@@ -163,6 +163,7 @@ class TrainConfig:
         _at_least("steps", self.steps, 1)
         _at_least("gradient_accumulation", self.gradient_accumulation, 1)
         _at_least("seed", self.seed, 0)
+        _at_least("timeout_s", self.timeout_s, 1)
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(
                 f"name is {self.name!r}; it names the run's folder, so it must not be empty, hold a slash or begin "
@@ -173,7 +174,12 @@ class TrainConfig:
                 raise ValueError(
                     f"deepspeed.{key} is derived by the trainer; leave it out and set {DERIVED_KEYS[key]}"
                 )
-        stage = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(
+                f"deepspeed.zero_optimization is {zero!r} but must be a dictionary that holds the stage"
+            )
+        stage = zero.get("stage", 0)
         if stage not in (0, 1, 2, 3):
             raise ValueError(
                 f"deepspeed.zero_optimization.stage is {stage!r} but must be 0, 1, 2 or 3"

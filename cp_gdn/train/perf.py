@@ -1,10 +1,11 @@
 """Throughput, model FLOPs utilisation, exchange and memory.
 
-    tokens/s = seq_len * dp * accumulation / step time          (every token of a pack once, however
-    many ranks share it) MFU      = flops_per_token(seq_len) * tokens/s / (ranks * peak)
+    tokens/s = seq_len * dp * accumulation / step time
+    MFU      = flops_per_token(seq_len) * tokens/s / (ranks * peak)
 
-Peak is the dense bf16 rate that the maker states, also for fp32 runs; hardware that is not in the
-table gets no MFU. The first step of a process (allocation, compilation, NCCL setup) is not counted.
+A token of a pack counts once, however many ranks share it. Peak is the dense bf16 rate that the
+maker states, also for fp32 runs; hardware that is not in the table gets no MFU. The first step of a
+process (allocation, compilation, NCCL setup) is not counted.
 """
 
 import resource

@@ -1,8 +1,8 @@
 """Learning rate as a pure function of the step, so that resuming needs no scheduler state.
 
-    warmup      lr (t + 1) / w                                            t < w cosine      lr (m +
-    (1 - m) (1 + cos(pi u)) / 2),  u = (t - w) / (n - w) wsd         lr until the last d n steps,
-    then lr (m + (1 - m) (1 - u)),  u over those steps (warmup, stable, decay)
+    warmup   lr (t + 1) / w                                 t < w
+    cosine   lr (m + (1 - m) (1 + cos(pi u)) / 2)           u = (t - w) / (n - w)
+    wsd      lr, then lr (m + (1 - m) (1 - u))              u over the last d n steps: warmup, stable, decay
 
 t: step from 0, n: steps, w: warmup_steps, m: min_lr_ratio, d: decay_fraction.
 """

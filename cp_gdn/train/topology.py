@@ -70,7 +70,7 @@ def open_topology(cp_size: int | None, *, timeout_s: float = 300.0) -> Iterator[
     Raises ValueError on every rank of a host with more ranks than GPUs.
     """
     ours = not dist.is_initialized()
-    device = _device(torch.cuda.is_available() if ours else dist.get_backend() == "nccl")
+    device = _device(torch.cuda.is_available() if ours else comm.moves_by_nccl())
     if ours:
         # the watchdog of the trainer says more than the group's own timeout, so that one comes later
         _join(device, datetime.timedelta(seconds=timeout_s + 30))

@@ -29,29 +29,37 @@ class WandbLogger(Callback):
         self._run: Any = None
 
     def on_start(self, trainer) -> None:
-        if self._config.wandb == "disabled" or not trainer.topology.is_first:
-            return
+        if self._config.wandb != "disabled":
+            trainer.wandb_id = trainer.topology.on_first_rank(
+                lambda: self._open(trainer.wandb_id), "open the W&B run"
+            )
+
+    def _open(self, wandb_id: str | None) -> str:
+        """Start or resume the run; its id."""
         import wandb
 
         mode: Any = self._config.wandb
-        self._run = wandb.init(
-            project=self._config.project,
-            group=self._config.group,
-            name=self._name,
-            job_type="train",
-            dir=str(self._folder),
-            mode=mode,
-            id=trainer.wandb_id,
-            resume="allow" if self._config.wandb == "online" else None,
-            config=self._settings,
-            settings=wandb.Settings(console="off", silent=self._config.wandb == "offline"),
-        )
-        trainer.wandb_id = self._run.id
+        try:
+            self._run = wandb.init(
+                project=self._config.project,
+                group=self._config.group,
+                name=self._name,
+                job_type="train",
+                dir=str(self._folder),
+                mode=mode,
+                id=wandb_id,
+                resume="allow" if self._config.wandb == "online" else None,
+                config=self._settings,
+                settings=wandb.Settings(console="off", silent=self._config.wandb == "offline"),
+            )
+        except wandb.Error as error:
+            raise ValueError(f"{error} Or set logging=offline, which needs no account") from error
         self._run.define_metric("train/step")
         for section in ("train", "perf", "comm", "memory", "val"):
             self._run.define_metric(f"{section}/*", step_metric="train/step")
         self._run.define_metric("train/loss", step_metric="train/step", summary="min")
         self._run.define_metric("val/bits_per_byte", step_metric="train/step", summary="min")
+        return self._run.id
 
     def on_record(self, trainer, record: Record) -> None:
         if self._run is not None:

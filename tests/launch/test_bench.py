@@ -27,6 +27,15 @@ def test_an_unknown_operation_names_those_that_exist():
     assert all(op in run.stderr for op in ("forward", "backward", "step"))
 
 
+@pytest.mark.parametrize("program", ["bench.py", "compile.py"])
+def test_help_is_what_the_program_opens_with(program):
+    pytest.importorskip("tilelang", reason="tilelang is not installed")
+    command = [sys.executable, str(LAUNCH / program), "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0
+    assert f"python launch/{program}" in run.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -28,13 +28,18 @@ def test_heads(script, options, heads):
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("arguments", "message"),
     [
         ("key_dim=256", "key heads of 256 columns; the kernels take up to 128"),
         ("value_heads=24", "24 value heads are no multiple of 16 key heads"),
         ("model=huge", "model=huge is not in .* there are .*tiny"),
+        ("model=tiny value_heads=8", "model=tiny has its own value_heads; leave one out"),
+        ("key_heads=0", "key_heads=0; it must be at least 1"),
+        ("jobs=0", "jobs=0; it must be at least 1"),
+        ("dtype=float32", "dtype=float32; the kernels take bfloat16 and float16"),
+        ("gate_dtype=float16", "gate_dtype=float16; it may be float32 or dtype, bfloat16"),
     ],
 )
-def test_what_no_kernel_takes_is_refused(script, argument, message):
+def test_what_no_kernel_takes_is_refused(script, arguments, message):
     with pytest.raises(ValueError, match=message):
-        script["main"]([argument])
+        script["main"](arguments.split())

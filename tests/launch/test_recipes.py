@@ -59,13 +59,15 @@ def test_every_model_is_a_valid_hybrid(path):
 
 
 def test_the_overrides_of_the_readme():
-    config = composed(
-        "cp.size=2", "data=text", "data.path=x", "deepspeed=zero2", "name=mine", "seed=3"
-    )
+    text = (RECIPES.parent / "README.md").read_text().replace("\\\n", "")
+    (command,) = [line for line in text.splitlines() if "launch/train.py" in line]
+    config = composed(*command.split("launch/train.py")[1].split(), "seed=3")
     assert config.cp.size == 2
     assert config.zero_stage == 2
-    assert (config.data.kind, config.data.path, config.data.seed) == ("text", "x", 3)
-    assert config.folder == "runs/mine"
+    assert (config.data.kind, config.data.path, config.data.seed) == ("text", "books/", 3)
+    assert config.folder == "runs/books"
+    # none of the quickstart's values, and what the kernels take
+    assert (config.steps, config.optim.lr, config.precision) == (5000, 3e-4, "bf16")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,9 @@ def test_a_typo_or_a_wrong_type_is_refused_at_composition(override):
         ("steps=0", "steps is 0 but must be at least 1"),
         ("+deepspeed.bf16.enabled=true", "deepspeed.bf16 is derived by the trainer; leave it out"),
         ("deepspeed.zero_optimization.stage=4", "must be 0, 1, 2 or 3"),
+        ("deepspeed.zero_optimization=null", "zero_optimization is None but must be a dictionary"),
+        ("timeout_s=0", "timeout_s is 0.0 but must be at least 1"),
+        ("optim.lr=nan", "optim.lr is nan but must be at least 0"),
         ("name=a/b", "name is 'a/b'"),
         ("data=text", "path is not set"),
     ],

@@ -94,10 +94,13 @@ def test_sigterm_to_one_rank_checkpoints_and_ends_all_with_success(place):
     assert (place / f"runs/stopped/checkpoints/step-{done:09d}/complete").is_file()
 
 
-def test_a_typo_ends_with_an_error_before_anything_is_written(tmp_path):
-    code, out = finish(start(tmp_path, "name=typo", "cp.sizee=2"))
+@pytest.mark.parametrize(
+    ("override", "message"), [("cp.sizee=2", "sizee"), ("steps=0", "steps is 0 but must be")]
+)
+def test_a_typo_ends_with_an_error_before_anything_is_written(override, message, tmp_path):
+    code, out = finish(start(tmp_path, "name=typo", override))
     assert code != 0
-    assert "sizee" in out
+    assert message in out
     assert not (tmp_path / "runs").exists()
 
 

@@ -351,6 +351,9 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="conv_size is 0; it must be at least 1"):
         cp_gdn.CPGatedDeltaNet(16, 2, 4, conv_size=0)
     layer = cp_gdn.CPGatedDeltaNet(16, 2, 4, 8, 8)
+    for shape in ((10, 16), (16,), (1, 10, 17), (1, 0, 16), (0, 10, 16), (1, 1, 10, 16)):
+        with pytest.raises(ValueError, match=r"expected \[B, T, hidden_size = 16\]"):
+            layer(torch.randn(shape), cp_context=cp_gdn.build_cp_context(seq_len=10))
     with pytest.raises(ValueError, match="got 12 tokens but the context gives rank 0 10 of 10"):
         layer(torch.randn(1, 12, 16), cp_context=cp_gdn.build_cp_context(seq_len=10))
     packed = cp_gdn.build_cp_context(seq_len=10, cu_seqlens=(0, 4, 10))

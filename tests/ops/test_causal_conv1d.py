@@ -72,6 +72,7 @@ CASES = [
         [20, 1, 19],
         1,
     ),  # one token before it, and one shorter than the filter
+    (40, 3, 1, [0, 21, 40], [20, 20], 1),  # one tap: nothing to send
     (40, 3, 4, [0, 21, 40], [20, 20], 1),
     (40, 3, 1, [0, 40], [20, 20], 1),  # no history at all
 ]

@@ -286,6 +286,13 @@ BAD = {
     "mixed dtypes": (dict(v=torch.zeros(1, 8, 4, 4, dtype=torch.bfloat16)), "must share one"),
     "g dtype": (dict(g=torch.zeros(1, 8, 4, dtype=torch.float16)), "g is torch.float16"),
     "state": (dict(initial_state=torch.zeros(2, 4, 4, 4)), "counting all documents"),
+    "no heads": (dict(q=torch.zeros(1, 8, 0, 4), k=torch.zeros(1, 8, 0, 4)), "may be empty"),
+    "no columns": (dict(q=torch.zeros(1, 8, 2, 0), k=torch.zeros(1, 8, 2, 0)), "may be empty"),
+    "elsewhere": (dict(g=torch.zeros(1, 8, 4, device="meta")), "g is on meta but q on cpu"),
+    "a state elsewhere": (
+        dict(initial_state=torch.zeros(1, 4, 4, 4, device="meta")),
+        "initial_state is on",
+    ),
     "offsets not increasing": (dict(cu_seqlens=[0, 5, 5, 8]), "not increasing"),
     "offsets too short": (dict(cu_seqlens=[0, 5]), "must run from 0 to seq_len"),
     "engine": (dict(engine="cuda"), "choose torch, tilelang or auto"),

@@ -87,6 +87,24 @@ def test_what_the_first_rank_cannot_read_every_rank_refuses(tmp_path):
     assert "could not read the checkpoint" in first
 
 
+class DamagedEngine(FakeEngine):
+    def load_checkpoint(self, folder, tag):
+        raise RuntimeError("failed finding central directory")
+
+
+def damaged(rank, size, folder):
+    with open_topology(None) as topology:
+        checkpoints = Checkpoints(folder, topology, identity={}, keep=1)
+        with pytest.raises(
+            ValueError, match=r"step-000000001 \(RuntimeError: failed .* delete that"
+        ):
+            checkpoints.load(DamagedEngine(), "step-000000001")
+
+
+def test_a_damaged_file_is_told_with_its_checkpoint(tmp_path):
+    run_ranks(1, damaged, tmp_path)
+
+
 def test_differences_are_named_by_leaf():
     saved = {"model": {"hidden": 1, "layers": 2}, "gone": 3}
     mine = {"model": {"hidden": 4, "layers": 2}, "new": 5}

@@ -100,6 +100,28 @@ def test_wandb_is_imported_by_the_first_rank_only_and_its_id_survives_a_resume(t
     assert logged
 
 
+def refused_by_wandb(rank, size, config):
+    import wandb
+
+    def init(**settings):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    wandb.init = init
+    try:
+        train(config)
+    except ValueError as error:
+        return str(error)
+
+
+def test_what_wandb_refuses_ends_every_rank(tmp_path):
+    text = write_corpus(tmp_path / "corpus" / "text")
+    config = tiny_config(tmp_path / "run", text, steps=1, logging=LoggingConfig(wandb="online"))
+    first, second = run_ranks(2, refused_by_wandb, config)
+    assert first == second
+    assert "could not open the W&B run" in first
+    assert "No API key configured. Or set logging=offline" in first
+
+
 def test_missing_wandb_is_refused_unless_disabled(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(

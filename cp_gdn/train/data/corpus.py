@@ -77,15 +77,6 @@ class Corpus:
         """``loss``, the mean over the validation targets in nats, in bits per byte of text."""
         return loss / math.log(2) / self.bytes_per_token
 
-    def check_vocab(self, model_vocab_size: int) -> None:
-        """Raises ValueError where a model with this vocabulary has no row for some token id."""
-        if model_vocab_size < self.vocab_size:
-            raise ValueError(
-                f"the model's vocab_size is {model_vocab_size} but token ids of the corpus go up "
-                f"to {self.vocab_size - 1}; set vocab_size to {self.vocab_size} or more, or use "
-                "another tokenizer"
-            )
-
 
 def build_corpus(config: DataConfig, *, rank: int = 0) -> Corpus:
     """Opens the corpus, tokenising it first where ``config.cache_dir`` does not hold it yet.
