@@ -106,6 +106,7 @@ def layout_of(q, v, g, beta, saved, do, dfinal, *, normalize, cut, at_once=False
     kind = (
         q.device, q.shape, v.shape, do.shape, q.dtype, g.dtype, beta.dtype, do.dtype,
         saved.a.shape, saved.a.dtype, saved.cu_seqlens.shape, saved.plan, normalize, cut, at_once,
+        saved.entering is None,
         None if dfinal is None else (dfinal.shape, dfinal.dtype),
     )  # fmt: skip
     layout = _layouts.get(kind)
@@ -123,7 +124,8 @@ def _lay_out(q, v, g, beta, saved, normalize, cut, at_once) -> Layout:
     documents = saved.cu_seqlens.numel() - 1
     block = block_length(saved, cut, processors)
     many = heads * q.shape[0] >= MANY_CHAINS
-    in_blocks = at_once and cut and block < slots_ and documents == 1
+    kept = saved.entering is not None
+    in_blocks = at_once and cut and block < slots_ and documents == 1 and not kept
     room = block if in_blocks else slots_
     count = slots(tokens, documents, saved.plan.summarised * CHUNK)
     # gates truncate most heads' chains: a few whole ones are waited for, the shorter the better
@@ -144,7 +146,7 @@ def _lay_out(q, v, g, beta, saved, normalize, cut, at_once) -> Layout:
         many=many,
         block=block,
         in_blocks=in_blocks,
-        beside=not in_blocks and not many,
+        beside=not in_blocks and not many and not kept,
         entering=(room, heads, KEY_DIM, KEY_DIM),
         vd=(room, heads, CHUNK, KEY_DIM),
         pairs=(ceil(slots_ / block), 1 + block * heads),
@@ -212,8 +214,9 @@ def hold(
     if initial is not None:
         initial = initial.contiguous()
     # the replay's, which waits on another stream for `begun`: torch may fill new memory, on this one
-    entering = q.new_empty(layout.entering)
-    vd = q.new_empty(layout.vd)
+    entering, vd = saved.entering, saved.vd
+    if entering is None:
+        entering, vd = q.new_empty(layout.entering), q.new_empty(layout.vd)
     pairs = saved.cu_seqlens.new_empty(layout.pairs)
     stream = current_stream(q.device)
     return OpenBackward(

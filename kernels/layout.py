@@ -5,6 +5,7 @@ Found at the first of such calls, so that the host of a later one only makes ten
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .common import CHUNK, slots
@@ -15,6 +16,7 @@ from .prepare import prepare
 from .qnorm import query_norms
 from .recurrence import recurrence
 from .recurrence_alone import recurrence_alone
+from .recurrence_kept import recurrence_kept
 from .scan import scan
 from .summary import summary
 
@@ -45,6 +47,11 @@ class Layout:
     summary_sizes: tuple[int, ...]  # its last arguments
     scan: Callable[..., None] | None
     recurrence: Callable[..., None]
+    kind: dict[str, Any]  # options of recurrence_kept
+
+    @cached_property
+    def recurrence_kept(self) -> Callable[..., None]:
+        return ready(recurrence_kept, **self.kind)
 
 
 _layouts: dict[tuple[Any, ...], Layout] = {}
@@ -151,4 +158,5 @@ def _lay_out(
             recurrence_alone if plan.halves == 1 else recurrence,
             dtype=dtype, value_dim=value_dim, normalize=normalize,
         ),
+        kind={"dtype": dtype, "beta_dtype": DTYPES[beta.dtype], "normalize": normalize},
     )  # fmt: skip

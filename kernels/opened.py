@@ -24,6 +24,8 @@ class Saved(NamedTuple):
     cu_seqlens: torch.Tensor  # [N + 1] int32
     maps: torch.Tensor  # [NM, Hv, 2, K, K] bf16: M of the summarised segments, high and low half
     live: torch.Tensor  # [NM, Hv] int32: whether its M was written (summary.py)
+    entering: torch.Tensor | None  # [NC, Hv, V, K], the state that enters each chunk, and
+    vd: torch.Tensor | None  # [NC, Hv, 64, V], with `keep_states`: else the backward replays them
     plan: Plan
 
 

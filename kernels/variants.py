@@ -23,6 +23,7 @@ from .prepare import prepare
 from .qnorm import query_norms
 from .recurrence import recurrence
 from .recurrence_alone import recurrence_alone
+from .recurrence_kept import recurrence_kept
 from .reverse_scan import reverse_scan
 from .scan import scan
 from .summary import summary
@@ -34,6 +35,7 @@ KERNELS = {
     "scan": scan,
     "recurrence": recurrence,
     "recurrence_alone": recurrence_alone,
+    "recurrence_kept": recurrence_kept,
     "replay": replay,
     "reverse": reverse,
     "reverse_scan": reverse_scan,
@@ -117,6 +119,7 @@ def variants(
         yield Variant("summary", common)
         for kernel in ("recurrence", "recurrence_alone"):
             yield Variant(kernel, {"value_dim": 128, **common})
+        yield Variant("recurrence_kept", chain)
         for halves in (1, 2):
             yield Variant("replay", {"halves": halves, **chain})
             for store in (True, False):

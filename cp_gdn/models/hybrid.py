@@ -6,6 +6,7 @@ Every layer takes the sharded sequence and the context of the batch; the model i
 of ranks. Its state dict has the names of transformers' Qwen3_5ForCausalLM.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from ..layers.lm_head import IGNORE_INDEX, LMHead
 from ..layers.mlp import SwiGLU
 from ..layers.norm import RMSNorm
 from ..ops.engines import check_engine
+from ..ops.recompute import keep_states
 from .flops import train_flops_per_token
 
 
@@ -133,6 +135,11 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def _recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around a layer's forward and around its second one, whose backward follows."""
+    return nullcontext(), keep_states()
+
+
 class Decoder(nn.Module):
     """Embedding, layers and the last norm: [B, T_local] token ids -> [B, T_local, hidden_size]."""
 
@@ -148,8 +155,9 @@ class Decoder(nn.Module):
         for layer in self.layers:
             if self.activation_checkpointing:
                 x = checkpoint(
-                    layer, x, cp_context=cp_context, use_reentrant=False, preserve_rng_state=False
-                )
+                    layer, x, cp_context=cp_context, use_reentrant=False, preserve_rng_state=False,
+                    context_fn=_recompute,
+                )  # fmt: skip
             else:
                 x = layer(x, cp_context=cp_context)
         return self.norm(x)

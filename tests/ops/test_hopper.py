@@ -3,7 +3,7 @@
 What the kernels compute is tested on a GPU; here it is which tokens, states and gradients reach them, over ranks.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from cp_gdn import boundary, build_cp_context, chunk_gated_delta_rule
 from cp_gdn.ops import head_dims, hopper
+from cp_gdn.ops.recompute import keep_states
 from cp_gdn.ops.reference import recurrent_gated_delta_rule
 
 from ..cases import assert_close, make_case, outputs_and_gradients
@@ -102,7 +103,7 @@ def fake_norm_queries(call, q):
     call.q = flat(q)
 
 
-def fake_close_forward(call, q, *, incoming, scale, output_final_state):
+def fake_close_forward(call, q, *, incoming, scale, output_final_state, keep_states):
     assert (incoming is None) == (call.left == 0)
     call.q = flat(q)
     h0 = call.states(call.h0, slice(0, call.left), incoming)
@@ -110,8 +111,9 @@ def fake_close_forward(call, q, *, incoming, scale, output_final_state):
     nothing = torch.zeros(0)
     cu = torch.zeros(0, dtype=torch.int32) if call.cu is None else call.cu
     saved = forward_kernels.Saved(
-        nothing, nothing, nothing, nothing, nothing, cu, nothing, nothing, plan="plan"
-    )
+        nothing, nothing, nothing, nothing, nothing, cu, nothing, nothing,
+        entering=nothing if keep_states else None, vd=None, plan="plan",
+    )  # fmt: skip
     return o, final if output_final_state else None, saved
 
 
@@ -261,6 +263,30 @@ def test_other_head_dimensions(dims, exchange):
     single = case.to(torch.float32)
     for got in run_ranks(len(sizes), _over_ranks, single, PACKED, sizes, exchange):
         assert_close(got, ref, 1e-5)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_states_are_kept_where_somebody_says_so(keep):
+    """Until the backward."""
+    seen = []
+    with (
+        patch.object(hopper, "obstacle", lambda *args: None),
+        patch.object(head_dims, "DIM", 8),
+        patch.multiple(
+            forward_kernels, open_forward=fake_open_forward, close_forward=fake_close_forward,
+            norm_queries=fake_norm_queries,
+        ),
+        patch.object(
+            backward_kernels, "chunk_gdn_backward",
+            lambda *given, **how: seen.append(given[5]) or fake_backward(*given, **how),
+        ),
+    ):  # fmt: skip
+        case = make_case(40, 2, 4, 8, 8)
+        inputs = [x.clone().requires_grad_() for x in case.inputs[:5]]
+        with keep_states() if keep else nullcontext():
+            o, _ = chunk_gated_delta_rule(*inputs, engine="tilelang")
+        o.sum().backward()
+    assert [saved.entering is not None for saved in seen] == [keep]
 
 
 def test_heads_that_fit_go_as_they_are(monkeypatch):
