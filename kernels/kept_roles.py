@@ -103,7 +103,7 @@ def make_outputs(*, stages, normalize):
                 T.mbarrier_arrive(empty[s])
             T.copy(O, Ob)
             T.mbarrier_wait_parity(stored[0], c % 2 ^ 1)
-            put_tile(Ob, os_, HALF, t)
+            T.copy(Ob, os_)
             for x in T.unroll(4):
                 T.call_extern(
                     "handle",
