@@ -71,7 +71,7 @@ def make_outputs(*, stages, normalize):
             for x, y in T.Parallel(C, C):
                 P[x, y] *= D[x, y]
             T.copy(P, Pb)
-            T.mbarrier_wait_parity(stateful[0], c % 2)
+            T.mbarrier_wait_parity(stateful[w], i % 2)
             T.wgmma_gemm(qs[s, :, :], ss, O, transpose_B=True, clear_accum=True, policy=ROWS)
             T.wait_wgmma(0)
             if t % 32 == 0:
@@ -102,7 +102,8 @@ def make_outputs(*, stages, normalize):
             if t % 32 == 0:
                 T.mbarrier_arrive(empty[s])
             T.copy(O, Ob)
-            T.mbarrier_wait_parity(stored[0], c % 2 ^ 1)
+            if c > 0:  # the chunk before, of the other warpgroup
+                T.mbarrier_wait_parity(stored[1 - w], (c - 1) // 2 % 2)
             T.copy(Ob, os_)
             for x in T.unroll(4):
                 T.call_extern(
@@ -118,7 +119,7 @@ def make_outputs(*, stages, normalize):
                     if row + c * C + r < end:
                         for y in T.vectorized(8):
                             o[row + c * C + r, h, column + t % 8 * 8 + y] = os_[r, t % 8 * 8 + y]
-            tell(staged, 0, t)
+            tell(staged, w, t)
 
     return run
 
@@ -186,7 +187,7 @@ def producer(*, stages, normalize):
 def state_storer(ss, entering, slot, n, h, column, stateful, stateless):
     """The loop of the warp that stores the states."""
     for c in T.serial(n):
-        T.mbarrier_wait_parity(stateful[0], c % 2)
+        T.mbarrier_wait_parity(stateful[c % 2], c // 2 % 2)
         T.tma_copy(ss, entering[slot + c, h, column : column + HALF, :])
         T.tma_store_wait()
         T.mbarrier_arrive(stateless[0])
@@ -196,9 +197,9 @@ def state_storer(ss, entering, slot, n, h, column, stateful, stateless):
 def storer(os_, ds, o, vd, row, full_chunks, slot, n, h, column, staged, stored):
     """The loop of the warp that stores Vd, and outputs of chunks that are full."""
     for c in T.serial(n):
-        T.mbarrier_wait_parity(staged[0], c % 2)
+        T.mbarrier_wait_parity(staged[c % 2], c // 2 % 2)
         T.tma_copy(ds, vd[slot + c, h, :, column : column + HALF])
         if c < full_chunks:
             T.tma_copy(os_, o[row + c * C : row + c * C + C, h, column : column + HALF])
         T.tma_store_wait()
-        T.mbarrier_arrive(stored[0])
+        T.mbarrier_arrive(stored[c % 2])

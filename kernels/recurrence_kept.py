@@ -146,11 +146,12 @@ def recurrence_kept(*, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             full = T.alloc_barrier([32] * stages)
             scaled = T.alloc_barrier([1] * stages)
             empty = T.alloc_barrier([8] * stages)
-            stateful = T.alloc_barrier([4])  # S is in shared memory
+            # one for even and one for odd chunks: each output warpgroup sees every phase of what it waits for
+            stateful = T.alloc_barrier([4] * 2)  # S is in shared memory
             stateless = T.alloc_barrier([36])
             valued = T.alloc_barrier([4] * 2)  # Vd lies where `a` lay
-            staged = T.alloc_barrier([4])
-            stored = T.alloc_barrier([32])
+            staged = T.alloc_barrier([4] * 2)
+            stored = T.alloc_barrier([32] * 2)
 
             tx = T.get_thread_binding()
             at = T.alloc_local((7,), i32)
@@ -189,7 +190,7 @@ def recurrence_kept(*, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                     )
                     for x, y in T.Parallel(HALF, K):
                         S[x, y] *= decay[0]
-                    tell(stateful, 0, tx)
+                    tell(stateful, c % 2, tx)
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(HALF, C):
                         F[x, y] = eout[s, y]
