@@ -270,12 +270,7 @@ def test_states_are_kept_where_somebody_says_so(keep):
     """Until the backward."""
     seen = []
     with (
-        patch.object(hopper, "obstacle", lambda *args: None),
-        patch.object(head_dims, "DIM", 8),
-        patch.multiple(
-            forward_kernels, open_forward=fake_open_forward, close_forward=fake_close_forward,
-            norm_queries=fake_norm_queries,
-        ),
+        _kernels_replaced(),
         patch.object(
             backward_kernels, "chunk_gdn_backward",
             lambda *given, **how: seen.append(given[5]) or fake_backward(*given, **how),
