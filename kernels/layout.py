@@ -16,7 +16,6 @@ from .prepare import prepare
 from .qnorm import query_norms
 from .recurrence import recurrence
 from .recurrence_alone import recurrence_alone
-from .recurrence_kept import recurrence_kept
 from .scan import scan
 from .summary import summary
 
@@ -47,11 +46,11 @@ class Layout:
     summary_sizes: tuple[int, ...]  # its last arguments
     scan: Callable[..., None] | None
     recurrence: Callable[..., None]
-    kind: dict[str, Any]  # options of recurrence_kept
+    kept: dict[str, Any]  # options of a main pass that keeps states
 
     @cached_property
     def recurrence_kept(self) -> Callable[..., None]:
-        return ready(recurrence_kept, **self.kind)
+        return ready(recurrence_alone, **self.kept)
 
 
 _layouts: dict[tuple[Any, ...], Layout] = {}
@@ -158,5 +157,8 @@ def _lay_out(
             recurrence_alone if plan.halves == 1 else recurrence,
             dtype=dtype, value_dim=value_dim, normalize=normalize,
         ),
-        kind={"dtype": dtype, "beta_dtype": DTYPES[beta.dtype], "normalize": normalize},
+        kept={
+            "dtype": dtype, "beta_dtype": DTYPES[beta.dtype], "value_dim": value_dim,
+            "normalize": normalize, "keep": True,
+        },
     )  # fmt: skip

@@ -23,7 +23,6 @@ from .prepare import prepare
 from .qnorm import query_norms
 from .recurrence import recurrence
 from .recurrence_alone import recurrence_alone
-from .recurrence_kept import recurrence_kept
 from .reverse_scan import reverse_scan
 from .scan import scan
 from .summary import summary
@@ -35,7 +34,6 @@ KERNELS = {
     "scan": scan,
     "recurrence": recurrence,
     "recurrence_alone": recurrence_alone,
-    "recurrence_kept": recurrence_kept,
     "replay": replay,
     "reverse": reverse,
     "reverse_scan": reverse_scan,
@@ -119,7 +117,7 @@ def variants(
         yield Variant("summary", common)
         for kernel in ("recurrence", "recurrence_alone"):
             yield Variant(kernel, {"value_dim": 128, **common})
-        yield Variant("recurrence_kept", chain)
+        yield Variant("recurrence_alone", {"value_dim": 128, **chain, "keep": True})
         for halves in (1, 2):
             yield Variant("replay", {"halves": halves, **chain})
             for store in (True, False):
