@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from .backward_opened import MANY_CHAINS, Layout, OpenBackward, hold, layout_of
+from .backward_opened import keeping_pays as keeping_pays
 from .backward_walk import begin_walk, replay_states, scan, summarise, walk_back, walk_whole
 from .common import CHUNK
 from .forward import KEY_DIM, Saved

@@ -13,14 +13,15 @@ from .backward_gradients import SMALLEST_BETA, gradients
 from .backward_replay import replay
 from .backward_reverse import reverse
 from .common import CHUNK, slots
-from .forward import Saved
 from .inputs import DTYPES, KEY_DIM, flat
 from .launch import KEPT, current_stream, multiprocessors, ready, record
+from .opened import OpenForward, Saved
 
 # Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU.
 MANY_CHAINS = 64
 BETWEEN = 1280  # bytes a token and value head between the kernels: S, dS, Vd
 LARGE = 2**30  # so many of them, and a single sequence goes block by block
+WORTH_KEEPING = 2**14  # chunks times value heads
 FULL = 7 / 8  # of the multiprocessors
 FEW_CHAINS = 2.5  # summaries a multiprocessor
 
@@ -238,3 +239,15 @@ def block_length(saved: Saved, cut: bool, processors: int) -> int:
     filling = saved.plan.segment * ceil(FULL * processors / heads)
     block = filling * ceil(chunks // 2 / filling)
     return block if block < chunks - 1 else chunks  # the last slot is not in use
+
+
+def keeping_pays(opened: OpenForward) -> bool:
+    """Whether a forward whose backward follows at once saves time by keeping what that would replay: where the replay
+    would not run beside the dS chain, or where it is long. Not where the backward walks blocks of time, whose states
+    exist a block at a time: 5 % of the time is not worth a quarter of the memory."""
+    saved, layout = opened.saved, opened.layout
+    chunks, heads = saved.a.shape[:2]
+    if heads * opened.shape[0] >= MANY_CHAINS:
+        return True
+    whole = block_length(saved, layout.plan.split, layout.processors) == chunks
+    return whole and chunks * heads >= WORTH_KEEPING

@@ -199,11 +199,7 @@ def close_forward(
     scale = KEY_DIM**-0.5 if scale is None else scale
     length = plan.segment * CHUNK
     if keep_states:
-        chunks, heads = saved.a.shape[:2]
-        saved = opened.saved = saved._replace(
-            entering=o.new_empty(chunks, heads, KEY_DIM, KEY_DIM),
-            vd=o.new_empty(chunks, heads, CHUNK, KEY_DIM),
-        )
+        saved = opened.saved = saved.keeping()
     if plan.split or layout.documents > 1 or tokens <= length:
         _main(opened, opened.q, x, saved, opened.initial, incoming, states, o, final, scale)
     else:

@@ -6,7 +6,6 @@ Every layer takes the sharded sequence and the context of the batch; the model i
 of ranks. Its state dict has the names of transformers' Qwen3_5ForCausalLM.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from ..layers.lm_head import IGNORE_INDEX, LMHead
 from ..layers.mlp import SwiGLU
 from ..layers.norm import RMSNorm
 from ..ops.engines import check_engine
-from ..ops.recompute import keep_states
+from ..ops.recompute import checkpoint_contexts
 from .flops import train_flops_per_token
 
 
@@ -135,11 +134,6 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def _recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around a layer's forward and around its second one, whose backward follows."""
-    return nullcontext(), keep_states()
-
-
 class Decoder(nn.Module):
     """Embedding, layers and the last norm: [B, T_local] token ids -> [B, T_local, hidden_size]."""
 
@@ -156,7 +150,7 @@ class Decoder(nn.Module):
             if self.activation_checkpointing:
                 x = checkpoint(
                     layer, x, cp_context=cp_context, use_reentrant=False, preserve_rng_state=False,
-                    context_fn=_recompute,
+                    context_fn=checkpoint_contexts,
                 )  # fmt: skip
             else:
                 x = layer(x, cp_context=cp_context)

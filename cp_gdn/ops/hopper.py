@@ -16,6 +16,7 @@ from ..context import CPContext
 from ..scan import Summary
 from . import engines, head_dims, recompute
 from .chunked import Gradients
+from .recompute import States
 
 
 @functools.cache
@@ -100,14 +101,19 @@ class HopperRun:
     def close(self, incoming: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor]:
         """Outputs [B, T, Hv, V]; final states if asked for."""
         opened = self._opened
+        wanted = recompute.states()
+        if wanted is not States.NONE and not self._backward.keeping_pays(opened):
+            wanted = States.NONE
         o, states, saved = self._forward.close_forward(
             opened,
             self.inputs[0],
             incoming=incoming,
             scale=self._scale,
             output_final_state=final,
-            keep_states=recompute.keeps_states(),
+            keep_states=wanted is States.KEPT,
         )
+        if wanted is States.PROMISED:
+            saved = saved.promising()
         self.inputs = (opened.q, *opened.packed[:4])
         *self.kept, self.plan = saved
         return o, states

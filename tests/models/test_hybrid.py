@@ -15,7 +15,7 @@ import cp_gdn
 from cp_gdn import boundary, comm
 from cp_gdn.layers import lm_head
 from cp_gdn.models.hybrid import HybridLM
-from cp_gdn.ops.recompute import keeps_states
+from cp_gdn.ops.recompute import States, states
 from tests.distributed import run_ranks
 from tests.layers.common import in_float64, parameter_gradients, relative, total, worst
 from tests.models.common import TINY
@@ -208,10 +208,10 @@ def test_only_the_second_forward_of_a_layer_keeps_states():
     ids, labels = tokens()
     seen = []
     for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda *_: seen.append(keeps_states()))
+        layer.register_forward_pre_hook(lambda *_: seen.append(states()))
     model(ids, labels).loss_sum.backward()
-    assert seen == 4 * [False] + 4 * [True]
-    assert not keeps_states()
+    assert seen == 4 * [States.PROMISED] + 4 * [States.KEPT]
+    assert states() is States.NONE
 
 
 def test_activation_checkpointing_saves_memory():
