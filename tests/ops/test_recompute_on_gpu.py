@@ -1,11 +1,18 @@
 """Activation checkpointing on the Hopper kernels: the second forward keeps what the backward would replay."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cp_gdn import CPGatedDeltaNet, build_cp_context, chunk_gated_delta_rule
-from cp_gdn.ops.recompute import checkpoint_contexts
+from cp_gdn import (
+    CPGatedDeltaNet,
+    build_cp_context,
+    chunk_gated_delta_rule,
+    run_virtual_ranks,
+)
+from cp_gdn.ops.recompute import checkpoint_contexts, keep_states
 
 from ..cases import make_case
 
@@ -76,3 +83,28 @@ def test_a_checkpointed_layer(replayed):
         found.append([x.grad, *(p.grad for p in layer.parameters())])
     for replaying, keeping in zip(*found, strict=True):
         assert (keeping - replaying).norm() < 1e-2 * replaying.norm()
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 3, 200, 201, 470, 640]])
+def test_kept_states_over_virtual_ranks(cu_seqlens, replayed):
+    """Shards whose first states come from other ranks: the gradients of a replay, bit for bit."""
+    case, found = make_case(640, 2, 4, 128, 128), []
+    dtypes = 3 * [torch.bfloat16] + 2 * [torch.float32]
+    whole = [x.to("cuda", d) for x, d in zip(case.inputs[:5], dtypes, strict=True)]
+    do = case.do.to("cuda", torch.bfloat16)
+
+    def step(group, keep):
+        context = build_cp_context(group, seq_len=640, cu_seqlens=cu_seqlens, exchange="ring")
+        inputs = [context.shard(x).contiguous().requires_grad_() for x in whole]
+        with keep_states() if keep else nullcontext():
+            o, _ = chunk_gated_delta_rule(
+                *inputs, use_qk_l2norm_in_kernel=True, cp_context=context, engine="tilelang"
+            )
+        return torch.autograd.grad(o, inputs, context.shard(do))
+
+    for keep in (False, True):
+        replayed.clear()
+        found.append(run_virtual_ranks(3, step, keep, device="cuda"))
+        assert bool(replayed) != keep
+    for replaying, keeping in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(replaying, keeping, strict=True))
