@@ -50,7 +50,8 @@ class Saved(NamedTuple):
 
 @functools.cache
 def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.full((), float("nan"), dtype=dtype, device=device)
+    with torch.inference_mode(False):  # a later forward may save it
+        return torch.full((), float("nan"), dtype=dtype, device=device)
 
 
 @dataclass

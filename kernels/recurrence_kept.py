@@ -46,9 +46,7 @@ def rows_of_values(as_, vs, X, s, t):
 
 
 @T.macro
-def storer(
-    os_, vs, o, vd, row, chunks, slot, n, h, column, staged, stored, empty, stages
-):  # fmt: skip
+def storer(os_, vs, o, vd, row, chunks, slot, n, h, column, staged, stored, empty, stages):
     """The loop of the warp that stores Vd of `n` chunks, and outputs of `chunks`, which are full."""
     for c in T.serial(n):
         s = c % stages
