@@ -21,7 +21,8 @@ from .opened import OpenForward, Saved
 MANY_CHAINS = 64
 BETWEEN = 1280  # bytes a token and value head between the kernels: S, dS, Vd
 LARGE = 2**30  # so many of them, and a single sequence goes block by block
-WORTH_KEEPING = 2**14  # chunks times value heads
+# Of value heads times documents, and of chunks times value heads: what makes kept states pay.
+KEEPING_CHAINS, KEEPING_CHUNKS = 48, 2**14
 FULL = 7 / 8  # of the multiprocessors
 FEW_CHAINS = 2.5  # summaries a multiprocessor
 
@@ -242,12 +243,13 @@ def block_length(saved: Saved, cut: bool, processors: int) -> int:
 
 
 def keeping_pays(opened: OpenForward) -> bool:
-    """Whether a forward whose backward follows at once saves time by keeping what that would replay: where the replay
-    would not run beside the dS chain, or where it is long. Not where the backward walks blocks of time, whose states
-    exist a block at a time: 5 % of the time is not worth a quarter of the memory."""
+    """Whether a forward whose backward follows at once saves time by keeping what that would replay: where so many dS
+    chains run that the replay finds no multiprocessors beside them, or where it is long. Not where the backward
+    walks blocks of time, whose states exist a block at a time: 5 % of the time is not worth 24 % of the memory."""
     saved, layout = opened.saved, opened.layout
     chunks, heads = saved.a.shape[:2]
     if heads * opened.shape[0] >= MANY_CHAINS:
         return True
-    whole = block_length(saved, layout.plan.split, layout.processors) == chunks
-    return whole and chunks * heads >= WORTH_KEEPING
+    if block_length(saved, layout.plan.split, layout.processors) < chunks:
+        return False
+    return heads * layout.documents >= KEEPING_CHAINS or chunks * heads >= KEEPING_CHUNKS
