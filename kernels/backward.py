@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from .backward_opened import MANY_CHAINS, Layout, OpenBackward, hold, layout_of
+from .backward_opened import keeping_pays as keeping_pays
 from .backward_walk import begin_walk, replay_states, scan, summarise, walk_back, walk_whole
 from .common import CHUNK
 from .forward import KEY_DIM, Saved
@@ -131,7 +132,8 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
 
     Where chains do not fill the GPU it runs beside the current stream: from the beginning, or from
     here on if somebody waits for what entering_summary found and gets it by a kernel, which must not
-    wait for multiprocessors; `at_once`: it needs none. Once: a second call does nothing.
+    wait for multiprocessors; `at_once`: it needs none. Once: a second call does nothing. Nothing is
+    replayed that the forward kept.
     """
     x, device = opened, opened.q.device
     if x.asked:
@@ -139,7 +141,7 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     x.asked = True
     if not x.layout.beside:
         x.pairs.zero_()
-        if not x.layout.in_blocks:  # else block by block
+        if x.saved.entering is None and not x.layout.in_blocks:  # else block by block
             replay_states(x)
         return
     beside = side_stream(device)

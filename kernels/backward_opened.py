@@ -13,14 +13,16 @@ from .backward_gradients import SMALLEST_BETA, gradients
 from .backward_replay import replay
 from .backward_reverse import reverse
 from .common import CHUNK, slots
-from .forward import Saved
 from .inputs import DTYPES, KEY_DIM, flat
 from .launch import KEPT, current_stream, multiprocessors, ready, record
+from .opened import OpenForward, Saved
 
 # Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU.
 MANY_CHAINS = 64
 BETWEEN = 1280  # bytes a token and value head between the kernels: S, dS, Vd
 LARGE = 2**30  # so many of them, and a single sequence goes block by block
+# Of value heads times documents, and of chunks times value heads: what makes kept states pay.
+KEEPING_CHAINS, KEEPING_CHUNKS = 48, 2**14
 FULL = 7 / 8  # of the multiprocessors
 FEW_CHAINS = 2.5  # summaries a multiprocessor
 
@@ -106,6 +108,7 @@ def layout_of(q, v, g, beta, saved, do, dfinal, *, normalize, cut, at_once=False
     kind = (
         q.device, q.shape, v.shape, do.shape, q.dtype, g.dtype, beta.dtype, do.dtype,
         saved.a.shape, saved.a.dtype, saved.cu_seqlens.shape, saved.plan, normalize, cut, at_once,
+        saved.entering is None,
         None if dfinal is None else (dfinal.shape, dfinal.dtype),
     )  # fmt: skip
     layout = _layouts.get(kind)
@@ -123,7 +126,8 @@ def _lay_out(q, v, g, beta, saved, normalize, cut, at_once) -> Layout:
     documents = saved.cu_seqlens.numel() - 1
     block = block_length(saved, cut, processors)
     many = heads * q.shape[0] >= MANY_CHAINS
-    in_blocks = at_once and cut and block < slots_ and documents == 1
+    kept = saved.entering is not None
+    in_blocks = at_once and cut and block < slots_ and documents == 1 and not kept
     room = block if in_blocks else slots_
     count = slots(tokens, documents, saved.plan.summarised * CHUNK)
     # gates truncate most heads' chains: a few whole ones are waited for, the shorter the better
@@ -144,7 +148,7 @@ def _lay_out(q, v, g, beta, saved, normalize, cut, at_once) -> Layout:
         many=many,
         block=block,
         in_blocks=in_blocks,
-        beside=not in_blocks and not many,
+        beside=not in_blocks and not many and not kept,
         entering=(room, heads, KEY_DIM, KEY_DIM),
         vd=(room, heads, CHUNK, KEY_DIM),
         pairs=(ceil(slots_ / block), 1 + block * heads),
@@ -212,8 +216,9 @@ def hold(
     if initial is not None:
         initial = initial.contiguous()
     # the replay's, which waits on another stream for `begun`: torch may fill new memory, on this one
-    entering = q.new_empty(layout.entering)
-    vd = q.new_empty(layout.vd)
+    entering, vd = saved.entering, saved.vd
+    if entering is None:
+        entering, vd = q.new_empty(layout.entering), q.new_empty(layout.vd)
     pairs = saved.cu_seqlens.new_empty(layout.pairs)
     stream = current_stream(q.device)
     return OpenBackward(
@@ -235,3 +240,16 @@ def block_length(saved: Saved, cut: bool, processors: int) -> int:
     filling = saved.plan.segment * ceil(FULL * processors / heads)
     block = filling * ceil(chunks // 2 / filling)
     return block if block < chunks - 1 else chunks  # the last slot is not in use
+
+
+def keeping_pays(opened: OpenForward) -> bool:
+    """Whether a forward whose backward follows at once saves time by keeping what that would replay: where so many dS
+    chains run that the replay finds no multiprocessors beside them, or where it is long. Not where the backward
+    walks blocks of time, whose states exist a block at a time: 5 % of the time is not worth 24 % of the memory."""
+    saved, layout = opened.saved, opened.layout
+    chunks, heads = saved.a.shape[:2]
+    if heads * opened.shape[0] >= MANY_CHAINS:
+        return True
+    if block_length(saved, layout.plan.split, layout.processors) < chunks:
+        return False
+    return heads * layout.documents >= KEEPING_CHAINS or chunks * heads >= KEEPING_CHUNKS

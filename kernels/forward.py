@@ -104,7 +104,7 @@ def open_forward(
     if not layout.keeps_maps:
         kept = maps.new_empty(1, *maps.shape[1:]), live.new_empty(1, *live.shape[1:])
     qnorm = torch.empty_like(rnorm)
-    saved = Saved(a, gate, rnorm, qnorm, states, x.cu, *kept, layout.plan)
+    saved = Saved(a, gate, rnorm, qnorm, states, x.cu, *kept, None, None, layout.plan)
     pending = layout.documents if layout.plan.split else 0
     return OpenForward(x, v.shape, initial_state, layout, saved, external, maps, live, pending)
 
@@ -169,10 +169,12 @@ def close_forward(
     incoming: torch.Tensor | None = None,
     scale: float | None = None,
     output_final_state: bool = False,
+    keep_states: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Saved]:
     """The rest of a forward: o, final states and Saved as chunk_gdn_forward returns them.
 
     incoming: [open_left, Hv, K, V] fp32, the states that enter the first sequences.
+    keep_states: as in chunk_gdn_forward.
     """
     x, saved, layout = opened.packed, opened.saved, opened.layout
     open_left, tokens = layout.open_left, x.k.shape[0]
@@ -196,6 +198,8 @@ def close_forward(
         final = states.new_empty(layout.documents, *states.shape[1:])
     scale = KEY_DIM**-0.5 if scale is None else scale
     length = plan.segment * CHUNK
+    if keep_states:
+        saved = opened.saved = saved.keeping()
     if plan.split or layout.documents > 1 or tokens <= length:
         _main(opened, opened.q, x, saved, opened.initial, incoming, states, o, final, scale)
     else:
@@ -204,13 +208,19 @@ def close_forward(
 
 
 def _main(opened, q, x, saved, initial, incoming, states, o, final, scale) -> None:
-    opened.layout.recurrence(
-        q, x.k, x.v, saved.a, saved.gate, saved.rnorm, saved.qnorm, x.cu,
-        states if initial is None else initial, states if incoming is None else incoming,
-        states, o, states if final is None else final, scale, saved.plan.segment,
-        opened.layout.bits, int(initial is not None), int(final is not None),
+    inputs = q, x.k, x.v, saved.a, saved.gate, saved.rnorm, saved.qnorm
+    made = (
+        x.cu, states if initial is None else initial, states if incoming is None else incoming,
+        states, o, states if final is None else final,
+    )  # fmt: skip
+    sizes = (
+        scale, saved.plan.segment, opened.layout.bits, int(initial is not None), int(final is not None),
         0 if incoming is None else opened.layout.open_left,
     )  # fmt: skip
+    if saved.entering is None:
+        opened.layout.recurrence(*inputs, *made, *sizes)
+    else:
+        opened.layout.recurrence_kept(*inputs, x.beta, *made, saved.entering, saved.vd, *sizes)
 
 
 def _one_after_another(opened, q, incoming, o, final, scale, length) -> None:
@@ -222,8 +232,10 @@ def _one_after_another(opened, q, incoming, o, final, scale, length) -> None:
         rows = slice(begin, begin + length)
         chunks = slice(begin // CHUNK, (begin + length) // CHUNK)
         state = saved.states[i : i + 1]
-        part = Packed(x.k[rows], x.v[rows], x.g, x.beta, (x.cu - begin).clamp(0, length))
-        parts = ("a", "gate", "rnorm", "qnorm") if opened.layout.normalize else ("a", "gate")
+        part = Packed(x.k[rows], x.v[rows], x.g, x.beta[rows], (x.cu - begin).clamp(0, length))
+        parts = ["a", "gate"]
+        parts += ["rnorm", "qnorm"] if opened.layout.normalize else []
+        parts += ["entering", "vd"] if saved.entering is not None else []
         cut = saved._replace(**{name: getattr(saved, name)[chunks] for name in parts})
         leaving = state if begin + length < tokens else final
         _main(opened, q[rows], part, cut, initial, incoming, state, o[rows], leaving, scale)
@@ -243,6 +255,7 @@ def chunk_gdn_forward(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     keys_normalized: bool = False,
+    keep_states: bool = False,
     plan: Plan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Saved]:
     """Gated delta rule of packed or batched sequences (Gated DeltaNet, arXiv:2412.06464).
@@ -255,6 +268,8 @@ def chunk_gdn_forward(
         use_qk_l2norm_in_kernel: q and k are divided by sqrt(|x|^2 + 1e-6).
         keys_normalized: the keys have unit norm already and beta lies in [0, 1], so that gates may
             be truncated (summary.py); implied by use_qk_l2norm_in_kernel.
+        keep_states: also save what a backward that follows at once would replay, 768 bytes a token
+            and value head (recurrence_kept.py). `o` differs by rounding.
         plan: segment lengths, chosen from the shapes if None.
 
     Returns:
@@ -267,7 +282,9 @@ def chunk_gdn_forward(
         k, v, g, beta, initial_state=initial_state, cu_seqlens=cu_seqlens,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized, plan=plan,
     )  # fmt: skip
-    return close_forward(opened, q, scale=scale, output_final_state=output_final_state)
+    return close_forward(
+        opened, q, scale=scale, output_final_state=output_final_state, keep_states=keep_states
+    )
 
 
 def chunk_gdn_summary(

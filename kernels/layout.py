@@ -5,6 +5,7 @@ Found at the first of such calls, so that the host of a later one only makes ten
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .common import CHUNK, slots
@@ -45,6 +46,11 @@ class Layout:
     summary_sizes: tuple[int, ...]  # its last arguments
     scan: Callable[..., None] | None
     recurrence: Callable[..., None]
+    kept: dict[str, Any]  # options of a main pass that keeps states
+
+    @cached_property
+    def recurrence_kept(self) -> Callable[..., None]:
+        return ready(recurrence_alone, **self.kept)
 
 
 _layouts: dict[tuple[Any, ...], Layout] = {}
@@ -151,4 +157,8 @@ def _lay_out(
             recurrence_alone if plan.halves == 1 else recurrence,
             dtype=dtype, value_dim=value_dim, normalize=normalize,
         ),
+        kept={
+            "dtype": dtype, "beta_dtype": DTYPES[beta.dtype], "value_dim": value_dim,
+            "normalize": normalize, "keep": True,
+        },
     )  # fmt: skip

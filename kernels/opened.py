@@ -1,11 +1,13 @@
 """What a forward holds between its stages, and what it leaves to the backward."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .inputs import Packed
+from .common import CHUNK
+from .inputs import KEY_DIM, Packed
 from .layout import Layout
 from .plan import Plan
 
@@ -24,7 +26,32 @@ class Saved(NamedTuple):
     cu_seqlens: torch.Tensor  # [N + 1] int32
     maps: torch.Tensor  # [NM, Hv, 2, K, K] bf16: M of the summarised segments, high and low half
     live: torch.Tensor  # [NM, Hv] int32: whether its M was written (summary.py)
+    entering: torch.Tensor | None  # [NC, Hv, V, K], the state that enters each chunk, and
+    vd: torch.Tensor | None  # [NC, Hv, 64, V], with `keep_states`: else the backward replays them
     plan: Plan
+
+    def keeping(self) -> "Saved":
+        """With room for what the main pass keeps."""
+        return self._replace(**{name: self.a.new_empty(shape) for name, shape in self._kept()})
+
+    def promising(self) -> "Saved":
+        """With stand-ins of what a second forward will keep: its shapes, nothing of its memory. A backward that
+        used them would return NaN."""
+        nothing = _nothing(self.a.dtype, self.a.device)
+        return self._replace(**{name: nothing.expand(shape) for name, shape in self._kept()})
+
+    def _kept(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        chunks, heads = self.a.shape[:2]
+        return (
+            ("entering", (chunks, heads, KEY_DIM, KEY_DIM)),
+            ("vd", (chunks, heads, CHUNK, KEY_DIM)),
+        )
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # a later forward may save it
+        return torch.full((), float("nan"), dtype=dtype, device=device)
 
 
 @dataclass

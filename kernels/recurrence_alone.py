@@ -12,8 +12,9 @@ rest through shared memory. Roles in a CTA:
     vectors     2 warps: what scales U and D
 
 What a chunk waits for in shared memory is read a product ahead. Whoever multiplies by what the chain
-left fences it, not the chain; and its addresses are found once: the compiler would find them again
-in every chunk, ahead of the products.
+left fences it, not the chain; and its addresses are found once (recurrence_addresses.py).
+
+With `keep` it also leaves what the backward would replay, bit for bit (recurrence_kept.py).
 """
 
 import tilelang
@@ -22,6 +23,7 @@ import tilelang.language as T
 from .backward_common import SOURCE
 from .common import (
     CHUNK,
+    CHUNK_SLOT,
     COUNT,
     DOC,
     END,
@@ -34,6 +36,8 @@ from .common import (
     find_segment,
     transposed_layout,
 )
+from .recurrence_addresses import HELD, arrive, put, read_values, wait
+from .recurrence_kept import keepers
 from .recurrence_outputs import outputs, store_tail, storer, vectors
 from .recurrence_roles import producer
 
@@ -43,93 +47,11 @@ STAGES = 4  # even: the output warpgroups take chunks, and with them slots, in t
 REGISTERS = (208, 136, 32)  # of chain, outputs and movers: 4 * 128 as launched, in all
 VALUES_READ = 3  # named barrier of the chain; 1 and 2 are the outputs'
 
-HELD = r"""
-#ifndef GDN_HELD
-#define GDN_HELD
-namespace gdn {
-// Addresses in registers, which the compiler cannot make again from the number of the thread.
-__device__ __forceinline__ unsigned held(unsigned a) {
-  asm volatile("" : "+r"(a));
-  return a;
-}
-__device__ __forceinline__ unsigned held_address(const void* p) { return held(shared_address(p)); }
-// Where this lane's row of columns 16x to 16x + 15 lies in a swizzled [64, 64] tile, for stmatrix.
-__device__ __forceinline__ unsigned row_address(const void* tile, int x) {
-  const unsigned t = threadIdx.x, l = t & 31;
-  return held(shared_address(tile) + ((t >> 5) * 16 + (l & 15)) * 128 +
-              ((((l >> 4) + 2 * x) ^ (l & 7)) << 4));
-}
-// The same for ldmatrix of the transposed tile, rows 0 to 15.
-__device__ __forceinline__ unsigned column_address(const void* tile) {
-  const unsigned t = threadIdx.x, l = t & 31;
-  return held(shared_address(tile) + ((l >> 4) * 8 + (l & 7)) * 128 +
-              (((t >> 5) * 2 + (l >> 3 & 1)) ^ (l & 7)) * 16);
-}
-__device__ __forceinline__ void store_at(unsigned at, const void* registers) {
-  const unsigned* r = (const unsigned*)registers;
-  asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
-__device__ __forceinline__ void load_trans_at(unsigned at, void* registers) {
-  unsigned* r = (unsigned*)registers;
-  asm volatile("ldmatrix.sync.aligned.x4.trans.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
-__device__ __forceinline__ void arrive_at(unsigned at) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-}
-__device__ __forceinline__ void wait_at(unsigned at, unsigned parity) {
-  asm volatile("{\n.reg .pred P1;\nWAIT:\n"
-               "mbarrier.try_wait.parity.shared::cta.b64 P1, [%0], %1;\n"
-               "@P1 bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(at), "r"(parity) : "memory");
-}
-}  // namespace gdn
-#endif
-"""
-
-
-@T.macro
-def arrive(barriers, i, tx):
-    T.call_extern("handle", "__syncwarp")
-    if tx % 32 == 0:
-        T.call_extern("handle", "gdn::arrive_at", barriers[0] + T.Cast("uint32", i * 8))
-
-
-@T.macro
-def wait(barriers, i, parity):
-    at = barriers[0] + T.Cast("uint32", i * 8)
-    T.call_extern("handle", "gdn::wait_at", at, T.Cast("uint32", parity))
-
-
-@T.macro
-def put(fragment, rows, offset, columns, tx):
-    """A bf16 tile of the chain's -> panels of 64 columns, `offset` bytes after the state's place."""
-    for x in T.unroll(columns // 16):
-        T.call_extern(
-            "handle",
-            "gdn::store_at",
-            rows[x % 4] + (offset + T.uint32(x // 4 * 8192)),
-            T.access_ptr(fragment[tx // 32 * 16 + tx % 32 // 4, x * 16 + tx % 4 * 2], "r"),
-        )
-
-
-@T.macro
-def read_values(column, ein, es, Vb, E, decay, s, tx):
-    """v of slot s, what scales U, and the decay of the chunk."""
-    for x in T.unroll(4):
-        T.call_extern(
-            "handle",
-            "gdn::load_trans_at",
-            column[0] + T.Cast("uint32", s * 8192 + x * 2048),
-            T.access_ptr(Vb[x * 16 + tx % 4 * 2, tx // 32 * 16 + tx % 32 // 4], "w"),
-        )
-    for x, y in T.Parallel(BV, C):
-        E[x, y] = ein[s, y]
-    decay[0] = es[s]
-
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
-def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
+def recurrence_alone(
+    *, dtype="bfloat16", beta_dtype="float32", value_dim=128, normalize=False, keep=False
+):
     tiles = value_dim // BV
     f32, i32, u32 = "float32", "int32", "uint32"
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
@@ -137,9 +59,12 @@ def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
     N0, NT, NR = T.dynamic("N0"), T.dynamic("NT"), T.dynamic("NR")
     NI, NQ = T.dynamic("NI"), T.dynamic("NQ")
 
-    make_outputs = outputs(stages=STAGES, normalize=normalize)
+    make_outputs = outputs(stages=STAGES, normalize=normalize, keep=keep)
     load = producer(stages=STAGES, halves=1, normalize=normalize)
     make_vectors = vectors(stages=STAGES, normalize=normalize)
+    keep_all = keepers(stages=STAGES, normalize=normalize)
+    kept = T.Tensor if keep else lambda *_: False  # TileLang makes no argument of a constant
+    ends = (lambda at: at[DOC] >= 0) if keep else (lambda at: at[PART] == at[LAST])
 
     @T.prim_func
     def main(
@@ -150,12 +75,15 @@ def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
         gate: T.Tensor((NC, Hv, C), f32),
         rnorm: T.Tensor((NR, Hk, C), f32),
         qnorm: T.Tensor((NQ, Hk, C), f32),
+        beta: kept((L, Hv), beta_dtype),
         cu: T.Tensor((N1,), i32),
         initial: T.Tensor((N0, Hv, K, value_dim), f32),
         incoming: T.Tensor((NI, Hv, K, value_dim), f32),
         states: T.Tensor((NS, Hv, K, value_dim), f32),
         o: T.Tensor((L, Hv, value_dim), dtype),
         final: T.Tensor((NT, Hv, K, value_dim), f32),
+        entering: kept((NC, Hv, value_dim, K), dtype),
+        vd: kept((NC, Hv, C, value_dim), dtype),
         scale: T.float32,
         segment: T.int32,
         bits: T.int32,
@@ -177,6 +105,7 @@ def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
             es = T.alloc_shared((STAGES,), f32)
             rs = T.alloc_shared((STAGES, C), f32) if normalize else None
             qn = T.alloc_shared((STAGES, C), f32) if normalize else None
+            lost = T.alloc_shared((STAGES, C), f32) if keep else None
 
             S = T.alloc_fragment((BV, K), f32)
             Sb = T.alloc_fragment((BV, K), dtype)
@@ -200,6 +129,9 @@ def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
             D1 = T.alloc_fragment((C, C), f32)
             O1 = T.alloc_fragment((C, BV), f32)
             Ob1 = T.alloc_fragment((C, BV), dtype)
+            R = T.alloc_fragment((BV, C), f32) if keep else None
+            X0 = T.alloc_fragment((BV, C), dtype) if keep else None
+            X1 = T.alloc_fragment((BV, C), dtype) if keep else None
             T.annotate_layout(
                 {
                     Vb: transposed_layout(Vb),
@@ -209,12 +141,13 @@ def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
                     ss: tilelang.layout.make_swizzled_layout(ss),
                     os_: tilelang.layout.make_swizzled_layout(os_),
                 }
+                | ({X0: transposed_layout(X0), X1: transposed_layout(X1)} if keep else {})
             )
             full = T.alloc_barrier([32] * STAGES)
-            scaled = T.alloc_barrier([2] * STAGES)
-            empty = T.alloc_barrier([8] * STAGES)
+            scaled = T.alloc_barrier([1 if keep else 2] * STAGES)
+            empty = T.alloc_barrier([8 + 32 * keep] * STAGES)
             stateful = T.alloc_barrier([4] * 2)  # S is in shared memory, for either warpgroup
-            stateless = T.alloc_barrier([4])
+            stateless = T.alloc_barrier([4 + 32 * keep])
             valued = T.alloc_barrier([4] * 2)  # so is D
             staged = T.alloc_barrier([4])
             stored = T.alloc_barrier([32] * 2)
@@ -259,6 +192,8 @@ def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
                 else:
                     for x, y in T.Parallel(BV, K):
                         S[x, y] = states[slot - 1, h, y, tile * BV + x]
+                if keep:  # one register instead of three while chunks last
+                    at[DOC] = T.if_then_else(at[PART] == at[LAST], at[DOC], -1)
                 if n > 0:
                     wait(scaled_at, 0, 0)
                     read_values(column, ein, es, Vb, E, decay, 0, tx)
@@ -280,6 +215,9 @@ def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
                     T.wait_wgmma(0)
                     for x, y in T.Parallel(BV, C):
                         F[x, y] = eout[s, y]
+                    if keep:
+                        for x, y in T.Parallel(BV, C):
+                            R[x, y] = lost[s, y]
                     for x, y in T.Parallel(BV, C):
                         Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
                     # past the last chunk nobody reads what this makes of stale memory
@@ -289,6 +227,9 @@ def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
                         Ub, as_[s, :, :], W, transpose_B=True, clear_accum=True, policy=ROWS
                     )
                     T.wait_wgmma(0)
+                    if keep:
+                        for x, y in T.Parallel(BV, C):
+                            W[x, y] += Ub[x, y] * R[x, y]
                     T.copy(W, Wf)
                     T.call_extern("handle", "gdn::wait_named", VALUES_READ)  # nobody reads a
                     put(Wf, rows, values[0] + T.Cast(u32, s * 8192), C, tx)
@@ -300,14 +241,14 @@ def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
                     T.wait_wgmma(0)
                     arrive(empty_at, s, tx)
                 if want_final != 0:
-                    if at[PART] == at[LAST]:
+                    if ends(at):
                         for x, y in T.Parallel(BV, K):
                             final[at[DOC], h, y, tile * BV + x] = S[x, y]
             elif tx < 256:
                 T.set_max_nreg(REGISTERS[1], 1)
                 make_outputs(
                     0, qs, ks, as_, ss, os_, gs, rs, qn, P0, Pb0, D0, O0, Ob0, full, stateful,
-                    stateless, valued, staged, stored, empty, n, tx - 128, scale,
+                    stateless, valued, staged, stored, empty, n, tx - 128, scale, vs, X0,
                 )  # fmt: skip
                 if n > 0 and full_chunks < n and n % 2 == 1:
                     store_tail(0, os_, o, row + (n - 1) * C, at[END], h, tile * BV, tx - 128)
@@ -315,7 +256,7 @@ def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
                 T.set_max_nreg(REGISTERS[1], 1)
                 make_outputs(
                     1, qs, ks, as_, ss, os_, gs, rs, qn, P1, Pb1, D1, O1, Ob1, full, stateful,
-                    stateless, valued, staged, stored, empty, n, tx - 256, scale,
+                    stateless, valued, staged, stored, empty, n, tx - 256, scale, vs, X1,
                 )  # fmt: skip
                 if n > 0 and full_chunks < n and n % 2 == 0:
                     store_tail(1, os_, o, row + (n - 1) * C, at[END], h, tile * BV, tx - 256)
@@ -326,6 +267,12 @@ def recurrence_alone(*, dtype="bfloat16", value_dim=128, normalize=False):
                     load(
                         q, k, v, a, gate, rnorm, qnorm, qs, ks, vs, as_, gs, rs, qn, full, empty,
                         n, row, at, h, hk, tile * BV,
+                    )  # fmt: skip
+                elif keep:
+                    keep_all(
+                        as_, vs, ss, os_, gs, rs, ein, eout, es, lost, beta, o, entering, vd, full,
+                        scaled, empty, stateful, stateless, staged, stored, n, row, full_chunks,
+                        at[CHUNK_SLOT], at[END], h, tile * BV, tx,
                     )  # fmt: skip
                 elif tx < 448:
                     storer(os_, o, row, full_chunks, h, tile * BV, staged, stored)

@@ -11,12 +11,13 @@ Macros; their text is part of its roles' branches.
 import tilelang.language as T
 
 from .common import CHUNK
+from .recurrence_kept import rows_of_values
 
 C, HALF = CHUNK, 64
 ROWS = T.GemmWarpPolicy.FullRow
 
 
-def outputs(*, stages, normalize):
+def outputs(*, stages, normalize, keep=False):
     """The loop of warpgroup `w` of two, thread `t` of 128.
 
     Q K^T begins when D of the chunk before is there: products of outputs then run while the chain
@@ -24,7 +25,7 @@ def outputs(*, stages, normalize):
 
     @T.macro
     def run(w, qs, ks, as_, ss, os_, gs, rs, qn, P, Pb, D, O, Ob, full, stateful, stateless, valued,
-            staged, stored, empty, n, t, scale):  # fmt: skip
+            staged, stored, empty, n, t, scale, vs, X):  # fmt: skip
         for i in T.serial((n + 1 - w) // 2):
             c = 2 * i + w
             s = c % stages
@@ -64,6 +65,8 @@ def outputs(*, stages, normalize):
             T.mbarrier_wait_parity(valued[w], i % 2)
             T.call_extern("handle", "gdn::fence_shared")
             T.wgmma_gemm(Pb, as_[s, :, :], O, transpose_B=True, policy=ROWS)
+            if keep:
+                rows_of_values(as_, vs, X, s, t)
             T.wait_wgmma(0)
             if t % 32 == 0:
                 T.mbarrier_arrive(empty[s])

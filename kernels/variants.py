@@ -117,6 +117,7 @@ def variants(
         yield Variant("summary", common)
         for kernel in ("recurrence", "recurrence_alone"):
             yield Variant(kernel, {"value_dim": 128, **common})
+        yield Variant("recurrence_alone", {"value_dim": 128, **chain, "keep": True})
         for halves in (1, 2):
             yield Variant("replay", {"halves": halves, **chain})
             for store in (True, False):

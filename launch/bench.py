@@ -1,8 +1,8 @@
 """Time the kernels beside their peers: ``python launch/bench.py op=forward peers=[flash_qla]``
 
 Needs Hopper GPUs. Prints a table and writes docs/results/<op>-h200.json and .png. `op` is a module of
-launch/benchmarks, which names its own arguments; those of forward, backward and step, one GPU each,
-all optional:
+launch/benchmarks, which names its own arguments; those of forward, backward, step and recompute (a
+step under activation checkpointing, which has no peers), one GPU each, all optional:
 
     peers=[flash_qla]     flash_qla; fla in forward and step, where its autotuning takes minutes
     shapes=[[32768,16,64],...]     T, key heads, value heads

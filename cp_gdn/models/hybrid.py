@@ -20,6 +20,7 @@ from ..layers.lm_head import IGNORE_INDEX, LMHead
 from ..layers.mlp import SwiGLU
 from ..layers.norm import RMSNorm
 from ..ops.engines import check_engine
+from ..ops.recompute import checkpoint_contexts
 from .flops import train_flops_per_token
 
 
@@ -148,8 +149,9 @@ class Decoder(nn.Module):
         for layer in self.layers:
             if self.activation_checkpointing:
                 x = checkpoint(
-                    layer, x, cp_context=cp_context, use_reentrant=False, preserve_rng_state=False
-                )
+                    layer, x, cp_context=cp_context, use_reentrant=False, preserve_rng_state=False,
+                    context_fn=checkpoint_contexts,
+                )  # fmt: skip
             else:
                 x = layer(x, cp_context=cp_context)
         return self.norm(x)

@@ -114,7 +114,7 @@ class _Call(NamedTuple):
     normalize: bool
     output_final_state: bool
     dims: tuple[int, int] | None  # K and V that the kernels' heads stand for, if they are others
-    layouts: dict[str, Any]  # of the kernels
+    layouts: dict[Any, Any]  # of the kernels
 
     def run(
         self, inputs: Sequence[Tensor], context: CPContext

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..context import CPContext
 from ..scan import Summary
-from . import engines, head_dims
+from . import engines, head_dims, recompute
 from .chunked import Gradients
+from .recompute import States
 
 
 @functools.cache
@@ -52,7 +53,7 @@ class HopperRun:
         scale: float,
         normalize: bool,
         context: CPContext,
-        layouts: dict[str, Any],
+        layouts: dict[Any, Any],
     ):
         self.inputs = inputs
         self._scale, self._normalize = scale, normalize
@@ -100,13 +101,19 @@ class HopperRun:
     def close(self, incoming: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor]:
         """Outputs [B, T, Hv, V]; final states if asked for."""
         opened = self._opened
+        wanted = recompute.states()
+        if wanted is not States.NONE and not self._backward.keeping_pays(opened):
+            wanted = States.NONE
         o, states, saved = self._forward.close_forward(
             opened,
             self.inputs[0],
             incoming=incoming,
             scale=self._scale,
             output_final_state=final,
+            keep_states=wanted is States.KEPT,
         )
+        if wanted is States.PROMISED:
+            saved = saved.promising()
         self.inputs = (opened.q, *opened.packed[:4])
         *self.kept, self.plan = saved
         return o, states
@@ -116,10 +123,11 @@ class HopperRun:
     ) -> None:
         inputs, saved = self.inputs, self._forward.Saved(*self.kept, self.plan)
         do = do if do.dtype == inputs[0].dtype else do.to(inputs[0].dtype)
-        layout, whole = self._layouts.get("backward"), not (left or right)
+        kind, whole = ("backward", saved.entering is None), not (left or right)
+        layout = self._layouts.get(kind)
         if layout is None:
             q, _, v, g, beta = (x.unflatten(0, do.shape[:2]) for x in inputs)
-            layout = self._layouts["backward"] = self._backward.layout_for(
+            layout = self._layouts[kind] = self._backward.layout_for(
                 q, v, g, beta, saved, do, dht, normalize=self._normalize, whole=whole
             )
         given = (*inputs, saved, do, dht)

@@ -226,5 +226,6 @@ def run(arguments: list[str], defaults: Options, measure: Callable[[Case], dict[
         torch.cuda.empty_cache()
         write(path, options, rows)
         times = " ".join(f"{name} {row[f'{name}_ms']:.3f}" for name in timed(row))
-        tqdm.write(f"{label(row):32s} {times} ratio {row.get('ratio_to_flash_qla', 0):.2f}")
+        ratio = next((row[name] for name in row if name.startswith("ratio_to_")), 0)
+        tqdm.write(f"{label(row):32s} {times} ratio {ratio:.2f}")
     plot(rows, path.with_suffix(".png"), options.op)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from .backward_reference import NAMES, draw_cotangents, recurrent_gradients
-from .reference import draw, error
+from .reference import draw, error, recurrent
 
 pytestmark = pytest.mark.gpu
 
@@ -235,3 +235,35 @@ def test_capture_in_a_graph():
         t.fill_(float("nan"))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("lengths", [[1000], [1, 63, 64, 65, 200, 0, 130, 129]])
+@pytest.mark.parametrize("plan", [None, (3, 1, True), (4, 1, False)])
+def test_states_kept_by_the_forward_are_those_of_a_replay(lengths, normalize, plan):
+    """The same gradients bit for bit, and outputs as good; with segments side by side and one after another."""
+    from cp_gdn.kernels.backward import chunk_gdn_backward
+    from cp_gdn.kernels.forward import chunk_gdn_forward
+    from cp_gdn.kernels.plan import Plan
+
+    x = draw(lengths, 2, 4, gates="mixed", initial=True, norm=not normalize, device="cuda")
+    y = draw_cotangents(x)
+    inputs = [x.q, x.k, x.v, x.g, x.beta]
+    keywords = dict(initial_state=x.initial, use_qk_l2norm_in_kernel=normalize)
+    got = []
+    for keep in (False, True):
+        o, final, saved = chunk_gdn_forward(
+            *inputs, cu_seqlens=x.cu, output_final_state=True, keep_states=keep,
+            plan=plan and Plan(*plan), **keywords,
+        )  # fmt: skip
+        assert (saved.entering is not None) == keep
+        got.append((o, final, chunk_gdn_backward(*inputs, saved, y.do, y.dfinal, **keywords)))
+    want = recurrent(x, normalize=normalize)
+    for o, final, _ in got:
+        assert error(o, want[0]) < 5e-3
+        assert error(final, want[1]) < 5e-3
+    found = errors(got[1][2], recurrent_gradients(x, y, normalize=normalize))
+    assert max(found.values()) < TOLERANCE, found
+    if plan is None or plan[2]:  # else the states between segments are the main pass's own
+        for name, replayed, kept in zip(NAMES, got[0][2], got[1][2], strict=True):
+            assert torch.equal(replayed, kept), name

@@ -19,6 +19,7 @@ PRODUCTS = {
     ("summary", None): 3,
     ("recurrence", None): 6,
     ("recurrence_alone", None): 9,  # its outputs are made by two warpgroups in turn
+    ("recurrence_alone", "keep"): 9,
     ("scan", None): 3,
 }
 SERIALISED = re.compile(r"C75(?:1[0-9])\)")
@@ -31,7 +32,7 @@ def variant(kernel, option):
         "query_norms": {},
         "summary": {"normalize": True},
         "recurrence": {"normalize": True},
-        "recurrence_alone": {"normalize": True},
+        "recurrence_alone": {"normalize": True, "keep": option == "keep"},
         "scan": {},
     }
     return variants, variants.Variant(kernel, options[kernel])

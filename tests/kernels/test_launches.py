@@ -13,6 +13,7 @@ pytest.importorskip("tilelang", reason="tilelang is not installed")
 from tilelang import tvm
 
 from cp_gdn.kernels import backward, backward_opened, backward_walk, forward, layout
+from cp_gdn.kernels.plan import Plan
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -121,11 +122,24 @@ def test_one_call(launched, monkeypatch, B, T, heads, cu_seqlens, large, normali
         *inputs, cu_seqlens=cu, output_final_state=True, **how
     )
     assert o.shape == inputs[2].shape and final.shape == initial.shape
-    assert {"prepare", "recurrence"} <= set(launched)
+    assert "prepare" in launched and {"recurrence", "recurrence_alone"} & set(launched)
     assert launched.count("query_norms") == normalize
     gradients = backward.chunk_gdn_backward(*inputs, saved, o, final, **how)
     assert [g.shape for g in gradients] == [*(x.shape for x in inputs), initial.shape]
     assert {"replay", "reverse", "gradients", "beta_gradient"} <= set(launched)
+
+
+@pytest.mark.parametrize("plan", [None, (3, 1, False)])
+@pytest.mark.parametrize("heads", [(2, 4), (16, 64)])
+def test_a_call_that_keeps_states(launched, heads, plan):
+    """Nothing is replayed; of one sequence also where the main pass runs in launches one after another."""
+    inputs = draw(1, 1000, *heads)
+    o, _, saved = forward.chunk_gdn_forward(*inputs, keep_states=True, plan=plan and Plan(*plan))
+    assert saved.entering.shape[0] == saved.vd.shape[0] == saved.a.shape[0]
+    gradients = backward.chunk_gdn_backward(*inputs, saved, o)
+    assert [g.shape for g in gradients[:5]] == [x.shape for x in inputs]
+    assert launched.count("recurrence_alone") == (6 if plan else 1)
+    assert "reverse" in launched and "replay" not in launched
 
 
 @pytest.mark.parametrize("at_once", [False, True])

@@ -24,7 +24,7 @@ def test_an_unknown_operation_names_those_that_exist():
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "op=sideward" in run.stderr
-    assert all(op in run.stderr for op in ("forward", "backward", "step"))
+    assert all(op in run.stderr for op in ("forward", "backward", "step", "recompute"))
 
 
 @pytest.mark.parametrize("program", ["bench.py", "compile.py"])
@@ -56,6 +56,23 @@ def test_documents_fill_the_tokens(timing, documents):
     sizes = timing.lengths(32768, documents)
     assert len(sizes) == abs(documents)
     assert sum(sizes) == 32768 and min(sizes) > 0
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_checkpointed_step_runs_its_forward_twice(timing, monkeypatch, keep):
+    from benchmarks import recompute
+
+    seen = []
+
+    def forward(*x, keep_states=False, **how):
+        seen.append(keep_states)
+        return "o", None, f"saved by forward {len(seen)}"
+
+    monkeypatch.setattr(recompute, "chunk_gdn_forward", forward)
+    monkeypatch.setattr(recompute, "chunk_gdn_backward", lambda *given, **how: given[-2:])
+    _, step = recompute.steps(5 * [None], "do", None, keep)
+    assert step() == ("o", ("o", ("saved by forward 2", "do")))
+    assert seen == [False, keep]
 
 
 def test_a_run_writes_rows_and_plot(timing, monkeypatch, tmp_path):

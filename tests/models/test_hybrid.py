@@ -15,6 +15,7 @@ import cp_gdn
 from cp_gdn import boundary, comm
 from cp_gdn.layers import lm_head
 from cp_gdn.models.hybrid import HybridLM
+from cp_gdn.ops.recompute import States, states
 from tests.distributed import run_ranks
 from tests.layers.common import in_float64, parameter_gradients, relative, total, worst
 from tests.models.common import TINY
@@ -199,6 +200,18 @@ def test_recomputation_calls_collectives_in_the_same_order_on_all_ranks():
     assert plain[0] == plain[1] == [*forward, *softmax_backward, *3 * delta_backward]
     layers = softmax_forward + softmax_backward + 3 * (delta_forward + delta_backward)
     assert again[0] == again[1] == [*forward, *layers]
+
+
+def test_only_the_second_forward_of_a_layer_keeps_states():
+    model = make_model(torch.float32)
+    model.set_activation_checkpointing(True)
+    ids, labels = tokens()
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda *_: seen.append(states()))
+    model(ids, labels).loss_sum.backward()
+    assert seen == 4 * [States.PROMISED] + 4 * [States.KEPT]
+    assert states() is States.NONE
 
 
 def test_activation_checkpointing_saves_memory():

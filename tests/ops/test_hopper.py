@@ -3,16 +3,18 @@
 What the kernels compute is tested on a GPU; here it is which tokens, states and gradients reach them, over ranks.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from cp_gdn import boundary, build_cp_context, chunk_gated_delta_rule
 from cp_gdn.ops import head_dims, hopper
+from cp_gdn.ops.recompute import checkpoint_contexts, keep_states
 from cp_gdn.ops.reference import recurrent_gated_delta_rule
 
 from ..cases import assert_close, make_case, outputs_and_gradients
@@ -102,16 +104,20 @@ def fake_norm_queries(call, q):
     call.q = flat(q)
 
 
-def fake_close_forward(call, q, *, incoming, scale, output_final_state):
+def fake_close_forward(call, q, *, incoming, scale, output_final_state, keep_states):
     assert (incoming is None) == (call.left == 0)
     call.q = flat(q)
     h0 = call.states(call.h0, slice(0, call.left), incoming)
     o, final = _torch_rule(q, call.k, call.v, call.g, call.beta, h0, call.cu, scale, call.normalize)
-    nothing = torch.zeros(0)
+    nothing, a = torch.zeros(0), torch.zeros(1, 1)
     cu = torch.zeros(0, dtype=torch.int32) if call.cu is None else call.cu
     saved = forward_kernels.Saved(
-        nothing, nothing, nothing, nothing, nothing, cu, nothing, nothing, plan="plan"
-    )
+        a, nothing, nothing, nothing, nothing, cu, nothing, nothing,
+        entering=None, vd=None, plan="plan",
+    )  # fmt: skip
+    if keep_states:
+        saved = saved.keeping()
+        saved.entering.fill_(1), saved.vd.fill_(1)
     return o, final if output_final_state else None, saved
 
 
@@ -261,6 +267,54 @@ def test_other_head_dimensions(dims, exchange):
     single = case.to(torch.float32)
     for got in run_ranks(len(sizes), _over_ranks, single, PACKED, sizes, exchange):
         assert_close(got, ref, 1e-5)
+
+
+@contextmanager
+def _backwards_seen(pays=True):
+    """What the backwards are handed as saved."""
+    seen = []
+    with (
+        _kernels_replaced(),
+        patch.object(
+            backward_kernels, "chunk_gdn_backward",
+            lambda *given, **how: seen.append(given[5]) or fake_backward(*given, **how),
+        ),
+        patch.object(backward_kernels, "keeping_pays", lambda opened: pays),
+    ):  # fmt: skip
+        yield seen
+
+
+def _call(*inputs):
+    return chunk_gated_delta_rule(*inputs, engine="tilelang")[0]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_states_are_kept_where_somebody_says_so(keep):
+    """Until the backward."""
+    inputs = [x.clone().requires_grad_() for x in make_case(40, 2, 4, 8, 8).inputs[:5]]
+    with _backwards_seen() as seen:
+        with keep_states() if keep else nullcontext():
+            o = _call(*inputs)
+        o.sum().backward()
+    assert [saved.entering is not None for saved in seen] == [keep]
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_a_checkpointed_call_hands_its_backward_what_its_second_forward_kept(pays):
+    """Though checkpoints want the same tensors saved in both forwards; and nothing of the stand-ins."""
+    case, found = make_case(40, 2, 4, 8, 8), []
+    for recompute in (False, True):
+        inputs = [x.clone().requires_grad_() for x in case.inputs[:5]]
+        with _backwards_seen(pays) as seen:
+            if recompute:
+                o = checkpoint(_call, *inputs, use_reentrant=False, context_fn=checkpoint_contexts)
+            else:
+                o = _call(*inputs)
+            o.backward(case.do)
+        found.append([x.grad for x in inputs])
+    assert [saved.entering is not None for saved in seen] == [pays]
+    assert not pays or (seen[0].entering.eq(1).all() and seen[0].vd.eq(1).all())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_heads_that_fit_go_as_they_are(monkeypatch):
