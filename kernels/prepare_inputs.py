@@ -75,12 +75,12 @@ template <int R> __device__ __forceinline__ void store_gates(const float* G, flo
     if (i + x < R * 16) ((float4*)out)[i + x] = ((const float4*)G)[i + x];
 }
 
-// Keys (k, of 256 bytes) and gates of the CTA that is `held` CTAs on, if its chunk is of the same
+// Keys (k, of 256 bytes) and gates of the CTA that is `ahead` CTAs on, if its chunk is of the same
 // document. left: tokens of the document from this chunk on.
-template <int R, typename Gate, typename Beta, int held>
+template <int R, typename Gate, typename Beta, int ahead>
 __device__ __forceinline__ void prefetch(const void* k, const void* g, const void* beta, int Hk,
                                          int Hv, int left) {
-  const int x = threadIdx.x, first = (int)__fdividef(held, Hk) * 64;
+  const int x = threadIdx.x, first = (int)__fdividef(ahead, Hk) * 64;
   if (first + 64 > left) return;
   const char* p = (const char*)k + (long)(first + (x >> 1)) * (Hk * 256) + (x & 1) * 128;
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
