@@ -231,8 +231,10 @@ def test_a_step_of_the_layer_never_waits_and_is_captured(dims):
     layer = CPGatedDeltaNet(256, 2, 4, *dims, engine="tilelang").cuda()
     context = build_cp_context(seq_len=500, cu_seqlens=[0, 3, 200, 500], device="cuda")
     x, dy = draw(1, 500, 256), draw(1, 500, 256, seed=1)
+    torch.cuda.synchronize()  # another stream does not wait for what fills these
     with torch.cuda.stream(torch.cuda.Stream()):
         expected = layer_run(layer, x, dy, context)
+        assert all(t.isfinite().all() for t in expected)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
