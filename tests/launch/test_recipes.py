@@ -60,7 +60,9 @@ def test_every_model_is_a_valid_hybrid(path):
 
 def test_the_overrides_of_the_readme():
     text = (RECIPES.parent / "README.md").read_text().replace("\\\n", "")
-    (command,) = [line for line in text.splitlines() if "torchrun" in line and "launch/train.py" in line]
+    (command,) = [
+        line for line in text.splitlines() if "torchrun" in line and "launch/train.py" in line
+    ]
     config = composed(*command.split("launch/train.py")[1].split(), "seed=3")
     assert config.cp.size == 2
     assert config.zero_stage == 2
