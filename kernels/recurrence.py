@@ -45,7 +45,7 @@ from .common import (
     store_transposed,
     transposed_layout,
 )
-from .recurrence_roles import auxiliary, producer, storer
+from .recurrence_roles import auxiliary, enter, producer, storer
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -165,17 +165,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False):
 
             if tx < workers:
                 T.set_max_nreg(registers[0], 1)
-                T.clear(S)
-                if at[PART] == 0:
-                    if at[DOC] < open_left:
-                        for x, y in T.Parallel(BV, K):
-                            S[x, y] = incoming[at[DOC], h, y, tile * BV + x]
-                    elif has_initial != 0:
-                        for x, y in T.Parallel(BV, K):
-                            S[x, y] = initial[at[DOC], h, y, tile * BV + x]
-                else:
-                    for x, y in T.Parallel(BV, K):
-                        S[x, y] = states[slot - 1, h, y, tile * BV + x]
+                enter(S, incoming, initial, states, at, slot, h, tile, BV, open_left, has_initial)
                 if n > 0:
                     T.mbarrier_wait_parity(ready[0], 0)
                     if tx >= 128:

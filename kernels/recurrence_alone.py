@@ -39,7 +39,7 @@ from .common import (
 from .recurrence_addresses import HELD, arrive, put, read_values, wait
 from .recurrence_kept import keepers
 from .recurrence_outputs import outputs, store_tail, storer, vectors
-from .recurrence_roles import producer
+from .recurrence_roles import enter, producer
 
 C, K, BV = CHUNK, 128, 64
 ROWS = T.GemmWarpPolicy.FullRow
@@ -181,17 +181,7 @@ def recurrence_alone(
                 stateful_at[0] = T.call_extern(u32, "gdn::held_address", stateful.data)
                 stateless_at[0] = T.call_extern(u32, "gdn::held_address", stateless.data)
                 valued_at[0] = T.call_extern(u32, "gdn::held_address", valued.data)
-                T.clear(S)
-                if at[PART] == 0:
-                    if at[DOC] < open_left:
-                        for x, y in T.Parallel(BV, K):
-                            S[x, y] = incoming[at[DOC], h, y, tile * BV + x]
-                    elif has_initial != 0:
-                        for x, y in T.Parallel(BV, K):
-                            S[x, y] = initial[at[DOC], h, y, tile * BV + x]
-                else:
-                    for x, y in T.Parallel(BV, K):
-                        S[x, y] = states[slot - 1, h, y, tile * BV + x]
+                enter(S, incoming, initial, states, at, slot, h, tile, BV, open_left, has_initial)
                 if keep:  # one register instead of three while chunks last
                     at[DOC] = T.if_then_else(at[PART] == at[LAST], at[DOC], -1)
                 if n > 0:

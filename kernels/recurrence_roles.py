@@ -2,6 +2,7 @@
 
 Macros, made for a variant of that kernel; their text is part of its roles' branches.
 
+    enter       of a chain: the state that its segment begins with
     auxiliary   a chunk ahead of the chains: P_ij = scale exp(G_i - G_j) q_i k_j for j <= i, and what
                 scales U, D and Q S, a vector each
     producer    bulk copies into `stages` slots, refilled as chains and auxiliary leave them
@@ -10,9 +11,25 @@ Macros, made for a variant of that kernel; their text is part of its roles' bran
 
 import tilelang.language as T
 
-from .common import CHUNK, CHUNK_SLOT
+from .common import CHUNK, CHUNK_SLOT, DOC, PART
 
-C, HALF = CHUNK, 64
+C, K, HALF = CHUNK, 128, 64
+
+
+@T.macro
+def enter(S, incoming, initial, states, at, slot, h, tile, BV, open_left, has_initial):
+    """The transposed state that enters segment `slot`: block `tile` of BV of its value columns."""
+    T.clear(S)
+    if at[PART] == 0:
+        if at[DOC] < open_left:
+            for x, y in T.Parallel(BV, K):
+                S[x, y] = incoming[at[DOC], h, y, tile * BV + x]
+        elif has_initial != 0:
+            for x, y in T.Parallel(BV, K):
+                S[x, y] = initial[at[DOC], h, y, tile * BV + x]
+    else:
+        for x, y in T.Parallel(BV, K):
+            S[x, y] = states[slot - 1, h, y, tile * BV + x]
 
 
 def auxiliary(*, stages, normalize):
