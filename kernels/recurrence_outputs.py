@@ -12,6 +12,7 @@ import tilelang.language as T
 
 from .common import CHUNK
 from .recurrence_kept import rows_of_values
+from .recurrence_roles import pair_scaler
 
 C, HALF = CHUNK, 64
 ROWS = T.GemmWarpPolicy.FullRow
@@ -22,6 +23,7 @@ def outputs(*, stages, normalize, keep=False):
 
     Q K^T begins when D of the chunk before is there: products of outputs then run while the chain
     computes on registers, not beside its own."""
+    scale_pairs = pair_scaler(normalize=normalize)
 
     @T.macro
     def run(w, qs, ks, as_, ss, os_, gs, rs, qn, P, Pb, D, O, Ob, full, stateful, stateless, valued,
@@ -30,17 +32,9 @@ def outputs(*, stages, normalize, keep=False):
             c = 2 * i + w
             s = c % stages
             T.mbarrier_wait_parity(full[s], (c // stages) % 2)
-            # the mask after the arithmetic: branches there cost more than exponentials
             for x, y in T.Parallel(C, C):
                 D[x, y] = T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-            if normalize:
-                for x, y in T.Parallel(C, C):
-                    D[x, y] *= scale * qn[s, x] * rs[s, y]
-            else:
-                for x, y in T.Parallel(C, C):
-                    D[x, y] *= scale
-            for x, y in T.Parallel(C, C):
-                D[x, y] = T.if_then_else(x >= y, D[x, y], 0.0)
+            scale_pairs(D, qn, rs, s, scale)
             if w == 1 or i > 0:
                 T.mbarrier_wait_parity(valued[1 - w], (i + w) % 2 ^ 1)
             T.wgmma_gemm(

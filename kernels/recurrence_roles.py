@@ -32,11 +32,11 @@ def enter(S, incoming, initial, states, at, slot, h, tile, BV, open_left, has_in
             S[x, y] = states[slot - 1, h, y, tile * BV + x]
 
 
-def auxiliary(*, stages, normalize):
-    """The loop of the auxiliary warpgroup, thread `t` of 128."""
+def pair_scaler(*, normalize):
+    """For what becomes P, [C, C]."""
 
     @T.macro
-    def scale_pairs(X, qn, rs, s, scale):
+    def run(X, qn, rs, s, scale):
         """The scale, the norms, and the mask, which comes after the arithmetic: branches there cost more than exps."""
         if normalize:
             for x, y in T.Parallel(C, C):
@@ -46,6 +46,14 @@ def auxiliary(*, stages, normalize):
                 X[x, y] *= scale
         for x, y in T.Parallel(C, C):
             X[x, y] = T.if_then_else(x >= y, X[x, y], 0.0)
+
+    return run
+
+
+def auxiliary(*, stages, normalize):
+    """The loop of the auxiliary warpgroup, thread `t` of 128."""
+
+    scale_pairs = pair_scaler(normalize=normalize)
 
     @T.macro
     def run(qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, full, empty, ready, spent, n, t,
