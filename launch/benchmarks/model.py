@@ -1,11 +1,14 @@
 """Train one decoder with our layer and with FLA's in its place: ``python launch/bench.py op=model``
+or on other engines: ``python launch/bench.py op=model kinds=[float32,tilelang,torch] steps=200 tokens=4096 layers=2
+hidden=256 key_heads=2 value_heads=4 intermediate=512 vocabulary=512 lr=1e-3 out=docs/results/curve-h200``
 
 A Gated DeltaNet model, the same weights, tokens and optimizer for every kind of layer, bf16
 autocast over fp32 parameters: tokens/s, peak memory and the losses, which must run together. Writes
 docs/results/model-h200.json and a plot of the losses. Needs one Hopper GPU; FLA's first step tunes its
 kernels for minutes. Arguments, all optional:
 
-    kinds=[tilelang,fla]   tilelang and torch: our layer on that engine; fla: fla.layers.GatedDeltaNet
+    kinds=[tilelang,fla]   tilelang and torch: our layer on that engine; fla: fla.layers.GatedDeltaNet;
+                           float32: the torch engine in a model without autocast
     tokens=32768 layers=3 hidden=2048 key_heads=16 value_heads=32 intermediate=5632 vocabulary=32000
     steps=30 lr=3e-4 checkpointing=false out=docs/results/model-h200
 """
@@ -85,7 +88,7 @@ def build(kind: str, options: Options) -> HybridLM:
         head_dim=128, linear_num_key_heads=options.key_heads,
         linear_num_value_heads=options.value_heads, linear_key_head_dim=128,
         linear_value_head_dim=128, full_attention_interval=options.layers + 1,
-        engine="auto" if kind == "fla" else kind,
+        engine={"fla": "auto", "float32": "torch"}.get(kind, kind),
     )  # fmt: skip
     model = HybridLM(config)
     if kind == "fla":
@@ -112,7 +115,7 @@ def measure(kind: str, options: Options) -> dict[str, Any]:
     for ids in tqdm(text(options), desc=kind, unit="step"):
         start = time.perf_counter()
         ids = ids[None]
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=kind != "float32"):
             out = model(ids, ids.roll(-1, 1))
             assert out.loss_sum is not None
             loss = out.loss_sum / ids.numel()
@@ -146,9 +149,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     options = parse(Options(), arguments)
-    unknown = set(options.kinds) - {"tilelang", "torch", "fla"}
+    unknown = set(options.kinds) - {"tilelang", "torch", "fla", "float32"}
     if unknown:
-        raise ValueError(f"kinds={options.kinds}; there are tilelang, torch and fla")
+        raise ValueError(f"kinds={options.kinds}; there are tilelang, torch, fla and float32")
     if options.steps < WARM + 2:
         raise ValueError(f"steps={options.steps}; the first {WARM} are not timed: give {WARM + 2}")
     need_gpu()

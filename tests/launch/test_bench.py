@@ -39,7 +39,7 @@ def test_help_is_what_the_program_opens_with(program):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["op=model", "kinds=[fast]"], "there are tilelang, torch and fla"),
+        (["op=model", "kinds=[fast]"], "there are tilelang, torch, fla and float32"),
         (["op=model", "steps=3"], "steps=3"),
         (["op=numerics", "kinds=[odd]"], "there are random, slow"),
     ],
