@@ -1,9 +1,18 @@
-"""The forward beside its peers. flash_qla: its training and its inference forward; the faster counts."""
+"""The forward beside its peers: ``python launch/bench.py op=forward peers=[flash_qla,flashinfer,fla]``
 
+flash_qla: its training and its inference forward; the faster counts. flashinfer: the inference forward
+of its own choice, which keeps nothing for a backward and is given exp(g), made outside the time.
+"""
+
+from functools import partial
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from cp_gdn.kernels.forward import chunk_gdn_forward
 
+from .inputs import lengths
 from .timing import SCALE, TERABYTES, TFLOPS, Case, Options, run, time_peers
 
 
@@ -23,6 +32,21 @@ def fla(inputs, cu):
     return [lambda x=x: chunk_gated_delta_rule(*x, scale=SCALE, cu_seqlens=offsets) for x in inputs]
 
 
+def flashinfer(inputs, cu, longest: int):
+    from flashinfer.gdn_prefill import chunk_gated_delta_rule
+
+    calls = []
+    for q, k, v, g, beta in ([x[0] for x in each] for each in inputs):
+        alpha, o = g.float().exp(), torch.empty_like(v)
+        given = {"scale": SCALE, "cu_seqlens": cu, "max_seqlen": longest, "output": o}
+        calls.append(partial(chunk_gated_delta_rule, q, k, v, alpha, beta, **given))
+    return calls
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
 def measure(case: Case) -> dict[str, Any]:
     options, row, offsets = case.options, case.row(), case.offsets
     inputs = [case.draw(seed) for seed in range(options.sets)]
@@ -36,18 +60,20 @@ def measure(case: Case) -> dict[str, Any]:
     if "flash_qla" in options.peers:
         calls["flash_qla_train"] = flash_qla(inputs, offsets, True)
         calls["flash_qla_inference"] = flash_qla(inputs, offsets, False)
+    if "flashinfer" in options.peers:
+        calls["flashinfer"] = flashinfer(inputs, offsets, max(lengths(case.tokens, case.documents)))
     if "fla" in options.peers:
         calls["fla"] = fla(inputs, packed)
     time_peers(row, calls, options.replays)
-    if "flash_qla" in options.peers:
-        from flash_qla import chunk_gated_delta_rule_fwd
-
-        ours = chunk_gdn_forward(*inputs[0], cu_seqlens=packed, keys_normalized=True)[0].float()
-        theirs = chunk_gated_delta_rule_fwd(*inputs[0], scale=SCALE, cu_seqlens=offsets)[2].float()
-        row["difference_from_flash_qla"] = ((ours - theirs).norm() / theirs.norm()).item()
-        peers = [row[f"{name}_ms"] for name in calls if f"{name}_ms" in row and "qla" in name]
-        if peers:
-            row["ratio_to_flash_qla"] = row["cp_gdn_ms"] / min(peers)
+    ours = calls["cp_gdn"][0]()[0]
+    for peer, output in (("flash_qla", 2), ("flashinfer", None)):
+        names = [f"{name}_ms" for name in calls if name.startswith(peer)]
+        times = [row[name] for name in names if name in row]
+        if times:
+            theirs = calls[names[0].removesuffix("_ms")][0]()
+            theirs = theirs[None] if output is None else theirs[output]
+            row[f"difference_from_{peer}"] = distance(ours, theirs)
+            row[f"ratio_to_{peer}"] = row["cp_gdn_ms"] / min(times)
     flops = case.tokens * case.shape[2] * (8 + 2 / case.ratio) * 2**20 / 64
     volume = case.tokens * case.shape[2] * (520 + 512 / case.ratio)
     row["tensor_share"] = flops / row["cp_gdn_ms"] / 1e9 / TFLOPS

@@ -136,6 +136,7 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             return "absent"
 
+    packages = ("torch", "tilelang", "flash-qla", "flashinfer-python", "flash-linear-attention")
     git = subprocess.run(
         ["git", "rev-parse", "--verify", "HEAD"],
         cwd=ROOT,
@@ -147,7 +148,7 @@ def environment() -> dict[str, str]:
         "gpu": torch.cuda.get_device_name(),
         "cuda": str(torch.version.cuda),
         "commit": "unknown" if git.returncode else git.stdout.strip(),
-        **{name: of(name) for name in ("torch", "tilelang", "flash-qla", "flash-linear-attention")},
+        **{name: of(name) for name in packages},
     }
 
 
