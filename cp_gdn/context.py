@@ -53,6 +53,11 @@ class CPContext:
     calls: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
+    def longest_piece(self) -> int:
+        """Tokens of the longest piece of a document on this rank."""
+        return max(piece.end - piece.start for piece in self.pieces)
+
+    @cached_property
     def start(self) -> int:
         return self.shard_bounds[self.rank]
 

@@ -41,7 +41,7 @@ class Gradients(NamedTuple):
     dv: torch.Tensor  # [B, T, Hv, V]
     dg: torch.Tensor  # [B, T, Hv]
     dbeta: torch.Tensor  # [B, T, Hv]
-    dh0: torch.Tensor  # [N, Hv, K, V] fp32
+    dh0: torch.Tensor  # [n, Hv, K, V] fp32, of the first sequences, see initial_state
 
 
 def layout_for(q, v, g, beta, saved, do, dfinal, *, normalize: bool, whole: bool) -> Layout:
@@ -87,7 +87,8 @@ def open_backward(
     Args:
         saved: what the forward returned.
         do: [B, T, Hv, V] in the dtype of q. dfinal: [N, Hv, K, V] fp32, zero if None.
-        initial_state: the true states that enter, [N, Hv, K, V] fp32, zero if None.
+        initial_state: the true states that enter, [n, Hv, K, V] fp32: of all sequences or the first n, zero
+            elsewhere. dh0 has those alone, and the open_left ones.
         open_left: so many first sequences get an entering_summary; the forward was told the same.
         open_right: of so many last sequences the gradient of the final state arrives later, at
             close_backward; their rows of `dfinal` are zero.

@@ -13,7 +13,7 @@ A launch costs a few microseconds where the list is empty; it is written to be s
 import tilelang
 import tilelang.language as T
 
-from .common import CHUNK, FLAGS, TARGET, find_document
+from .common import CHUNK, FLAGS, SEARCH, TARGET, find_document
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -44,10 +44,10 @@ def beta_gradient(
         pairs: T.Tensor((NP,), i32),
         dbeta: T.Tensor((L, Hv), f32),
         scale: T.float32,
-        bits: T.int32,
         first: T.int32,
     ):
         with T.Kernel(processors, threads=128) as bx:
+            T.import_source(SEARCH)
             qs = T.alloc_shared((C, K), dtype)
             ks = T.alloc_shared((C, K), dtype)
             vs = T.alloc_shared((C, V), dtype)
@@ -77,7 +77,7 @@ def beta_gradient(
                 slot = T.truncdiv(pair, Hv)
                 h = pair - slot * Hv
                 hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
-                find_document(cu, first + slot, C, N1 - 1, bits, doc)
+                find_document(cu, first + slot, C, N1 - 1, doc)
                 row = cu[doc[0]] + (first + slot - T.truncdiv(cu[doc[0]], C) - doc[0]) * C
                 valid = cu[doc[0] + 1] - row
                 T.tma_copy(q[row : row + C, hk, :], qs, barrier=full)

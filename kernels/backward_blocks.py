@@ -31,11 +31,9 @@ class Spot(NamedTuple):
     width: Any
     first: Any
     segment: Any
-    bits: Any
     truncate: Any
     open_left: Any
     NO: Any  # chunk slots of the block
-    NS: Any  # segments
     N1: Any
     at: Any
     walk: Any
@@ -48,9 +46,9 @@ def walks(*, store, heads):
     C, Hv = CHUNK, heads
 
     @T.macro
-    def locate(cu, slot, segment, documents, bits, at, span, x):
+    def locate(cu, slot, segment, documents, at, span, x):
         """span[x] <- the segment that holds a chunk's slot."""
-        find_document(cu, slot, C, documents, bits, at)
+        find_document(cu, slot, C, documents, at)
         begin, doc = cu[at[DOC]], at[DOC]
         part = T.truncdiv(slot - T.truncdiv(begin, C) - doc, segment)
         span[x] = T.truncdiv(begin, segment * C) + doc + part
@@ -58,19 +56,19 @@ def walks(*, store, heads):
     @T.macro
     def find_block(cu, spot):
         spot.span[0] = 0
-        spot.span[1] = spot.NS - 1
+        spot.span[1] = spot.width - 1
         spot.done[0] = 0
         if store:
             for x in T.unroll(2):
                 locate(
-                    cu, spot.first + x * (spot.NO - 1), spot.segment, spot.N1 - 1, spot.bits, spot.at,
+                    cu, spot.first + x * (spot.NO - 1), spot.segment, spot.N1 - 1, spot.at,
                     spot.span, x,
                 )  # fmt: skip
 
     @T.macro
     def find_walk(given, part, spot):
         """A segment, what of it to walk, and whether the state behind it counts."""
-        find_segment(given.cu, part, spot.segment, spot.N1 - 1, spot.bits, spot.at)
+        find_segment(given.cu, part, spot.segment, spot.N1 - 1, spot.at)
         spot.walk[FIRST] = 0
         spot.walk[CHUNKS] = spot.at[COUNT]
         spot.walk[COUNTS] = 1

@@ -32,7 +32,7 @@ from .backward_accumulators import SOURCE as ACCUMULATORS
 from .backward_consumers import Ring, Room, call, consumer, tile
 from .backward_products import SOURCE as PRODUCTS
 from .backward_sums import SOURCE as SUMS
-from .common import CHUNK, FLAGS, TARGET, find_document
+from .common import CHUNK, FLAGS, SEARCH, TARGET, find_document
 
 SMALLEST_BETA = {
     "bfloat16": 2.0**-40,
@@ -51,11 +51,11 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
     consume = consumer(ratio=ratio, dtype=dtype, normalize=normalize)
 
     @T.macro
-    def find_item(item, first, cu, heads, documents, bits, doc, at):
+    def find_item(item, first, cu, heads, documents, doc, at):
         """at <- chunk slot from `first` on, key head, first token, tokens of the document from there on."""
         at[0] = T.truncdiv(item, heads)
         at[1] = item - at[0] * heads
-        find_document(cu, first + at[0], C, documents, bits, doc)
+        find_document(cu, first + at[0], C, documents, doc)
         at[2] = cu[doc[0]] + (first + at[0] - T.truncdiv(cu[doc[0]], C) - doc[0]) * C
         at[3] = cu[doc[0] + 1] - at[2]
 
@@ -198,11 +198,10 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
         dbeta: T.Tensor((L, Hv), f32),
         pairs: T.Tensor((NP,), i32),
         scale: T.float32,
-        bits: T.int32,
         first: T.int32,
     ):
         with T.Kernel(processors, threads=384) as bx:
-            T.import_source(SUMS + PRODUCTS + ACCUMULATORS)
+            T.import_source(SEARCH + SUMS + PRODUCTS + ACCUMULATORS)
             qk = T.alloc_shared((4, C, HALF), dtype)  # halves of q, halves of k
             xs = T.alloc_shared((6, C, V), dtype)  # [stage * 3 + (dO, dV, Vd)]
             Ss = T.alloc_shared((2, V, HALF), dtype)
@@ -253,7 +252,7 @@ def gradients(*, ratio, dtype="bfloat16", beta_dtype="float32", normalize=False,
             else:
                 T.set_max_nreg(56, 0)
                 for it in T.serial(T.ceildiv(NC * Hk - bx, processors)):
-                    find_item(bx + it * processors, first, cu, Hk, N1 - 1, bits, doc, at)
+                    find_item(bx + it * processors, first, cu, Hk, N1 - 1, doc, at)
                     if at[3] > 0:
                         if tx < 288:
                             load_heads(

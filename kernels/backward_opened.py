@@ -12,7 +12,7 @@ from .backward_beta import beta_gradient
 from .backward_gradients import SMALLEST_BETA, gradients
 from .backward_replay import replay
 from .backward_reverse import reverse
-from .common import CHUNK, slots
+from .common import CHUNK, cuts, slots
 from .inputs import DTYPES, KEY_DIM, flat
 from .launch import KEPT, current_stream, multiprocessors, ready, record
 from .opened import OpenForward, Saved
@@ -55,17 +55,18 @@ class Layout:
     cut: bool  # the dS chain runs in the forward's segments
     processors: int  # multiprocessors of the GPU
     documents: int
-    bits: int  # of a document's number
     chunks: int  # slots; the last one of a single sequence is never in use
     many: bool  # chains of whole sequences fill the GPU
     block: int  # chunk slots of a block of time
     in_blocks: bool  # the states, too, are made and used block by block
     beside: bool  # the replay runs beside the dS chain, on a stream of its own
-    entering: tuple[int, ...]  # shapes: what the replay makes, its lists, the summaries' states
+    entering: tuple[int, ...]  # shapes: what the replay makes, and its lists
     vd: tuple[int, ...]
     pairs: tuple[int, ...]
-    external: tuple[int, ...]
+    summaries: int  # slots of summarised segments
+    blocks: int  # of these, those that are not a document's last, at most
     segment: int  # chunks a segment of the dS chain
+    segments: int  # slots of the forward's segments
     halves: int  # of the dS chain: blocks of 64 columns of a value head a CTA
     ratio: int  # value heads of a key head
     replay_halves: int  # the replay's
@@ -129,9 +130,9 @@ def _lay_out(q, v, g, beta, saved, normalize, cut, at_once) -> Layout:
     kept = saved.entering is not None
     in_blocks = at_once and cut and block < slots_ and documents == 1 and not kept
     room = block if in_blocks else slots_
-    count = slots(tokens, documents, saved.plan.summarised * CHUNK)
+    summaries = slots(tokens, documents, saved.plan.summarised * CHUNK)
     # gates truncate most heads' chains: a few whole ones are waited for, the shorter the better
-    few = count * heads <= FEW_CHAINS * processors
+    few = summaries * heads <= FEW_CHAINS * processors
     # whole: a segment longer than any document, so that each is one
     segment = saved.plan.segment if cut else tokens // CHUNK + 2
     chains = (ceil(block / segment) if cut else documents) * heads
@@ -143,7 +144,6 @@ def _lay_out(q, v, g, beta, saved, normalize, cut, at_once) -> Layout:
         cut=cut,
         processors=processors,
         documents=documents,
-        bits=(documents - 1).bit_length(),
         chunks=max(1, ceil(tokens / CHUNK)) if documents == 1 else slots_,
         many=many,
         block=block,
@@ -152,8 +152,10 @@ def _lay_out(q, v, g, beta, saved, normalize, cut, at_once) -> Layout:
         entering=(room, heads, KEY_DIM, KEY_DIM),
         vd=(room, heads, CHUNK, KEY_DIM),
         pairs=(ceil(slots_ / block), 1 + block * heads),
-        external=(count, *saved.states.shape[1:]),
+        summaries=summaries,
+        blocks=cuts(tokens, saved.plan.summarised * CHUNK),
         segment=segment,
+        segments=slots(tokens, documents, saved.plan.segment * CHUNK),
         halves=halves_of(chains, processors),
         ratio=heads // q.shape[2],
         replay_halves=saved.plan.halves,
@@ -171,9 +173,9 @@ class Walk:
     """The dS chain, and how far it is."""
 
     dstates: torch.Tensor  # [NS, Hv, K, V] fp32, of the states that leave the segments
-    dfinal: torch.Tensor | None
+    dfinal: torch.Tensor | None  # of the last documents
     dv: torch.Tensor  # [L, Hv, V]
-    dh0: torch.Tensor  # [N, Hv, K, V] fp32
+    dh0: torch.Tensor  # [n, Hv, K, V] fp32, of the first sequences, as far as wanted
     carried: torch.Tensor  # [2, Hv, K, V] fp32, what goes on from one block to the next
     whole: torch.Tensor | None = None  # [NC, Hv, V, K], dS after each chunk, where all is there
 
@@ -190,7 +192,7 @@ class OpenBackward:
     beta: torch.Tensor  # [L, Hv]
     saved: Saved
     dfinal: torch.Tensor | None  # [N, Hv, K, V] fp32
-    initial: torch.Tensor | None
+    initial: torch.Tensor | None  # of the first sequences
     scale: float
     normalize: bool
     open_left: int
@@ -201,7 +203,8 @@ class OpenBackward:
     pairs: torch.Tensor  # [blocks, 1 + pairs] int32: how many hold a beta of nearly zero, which
     stream: torch.cuda.Stream  # the caller's
     begun: torch.cuda.Event | None  # when the inputs were there, for a replay beside
-    external: torch.Tensor | None = None  # [NS, Hv, K, V] fp32, dS_ext of summarised segments
+    # [blocks + open_left, Hv, K, V] fp32, dS_ext of summarised segments, where the states enter
+    external: torch.Tensor | None = None
     walk: "Walk | None" = None
     asked: bool = False  # for the replay
     replayed: torch.cuda.Event | None = None

@@ -32,6 +32,7 @@ from .common import (
     ROW,
     TARGET,
     accumulator_layout,
+    boundary,
     find_segment,
     load_transposed,
     transposed_layout,
@@ -67,8 +68,7 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
         width: T.int32,
         first: T.int32,
         segment: T.int32,
-        bits: T.int32,
-        has_initial: T.int32,
+        initials: T.int32,
     ):
         with T.Kernel(V // BV, Hv, width, threads=workers + 128) as (tile, h, at_segment):
             T.import_source(SOURCE)
@@ -110,7 +110,7 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
             tx = T.get_thread_binding()
             at = T.alloc_local((7,), i32)
             z = first + at_segment
-            find_segment(cu, z, segment, N1 - 1, bits, at)
+            find_segment(cu, z, segment, N1 - 1, at)
             n = at[COUNT]
             row = at[ROW]
             slot = at[CHUNK_SLOT]
@@ -122,9 +122,9 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                 if at[PART] > 0:
                     if n > 0:
                         for x, y in T.Parallel(BV, K):
-                            S[x, y] = states[z - 1, h, y, tile * BV + x]
+                            S[x, y] = states[boundary(at, segment) - 1, h, y, tile * BV + x]
                 else:
-                    if has_initial != 0:
+                    if at[DOC] < initials:
                         for x, y in T.Parallel(BV, K):
                             S[x, y] = initial[at[DOC], h, y, tile * BV + x]
                 for c in T.serial(n):

@@ -13,11 +13,13 @@ chunk is in backward_chain.py, for one that is alone in its CTA and for one of t
                     (reverse_scan.py) and of the final ones: dV, the dS that leaves every chunk, dh0.
                     Of the chunk slots from `first` on, as many as `dleaving` has: a segment that goes
                     on behind them starts from carried[1 - into], one that begins before them ends in
-                    carried[into]. `width` CTAs a head share the segments of such a block
+                    carried[into]. `width` CTAs a head share the segments of such a block. dh0 is that of
+                    the first `initials` documents
     store = False   dS_ext of a segment: the gradient of the state that enters it while nothing comes
-                    from behind it (a document's last segment counts dfinal). First segments have one
-                    only in the first `open_left` documents. With `truncate` (summary.py) it starts at
-                    the last chunk whose gradient the gates let through to the segment's start.
+                    from behind it (a last segment of the last `finals` documents counts dfinal). First
+                    segments have one only in the first `open_left` documents. With `truncate`
+                    (summary.py) it starts at the last chunk whose gradient the gates let through to the
+                    segment's start.
 """
 
 import tilelang
@@ -38,6 +40,7 @@ from .common import (
     ROW,
     TARGET,
     accumulator_layout,
+    boundary,
     transposed_layout,
 )  # fmt: skip
 
@@ -82,8 +85,9 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
         first: T.int32,
         into: T.int32,
         segment: T.int32,
-        bits: T.int32,
-        has_dfinal: T.int32,
+        blocks: T.int32,
+        initials: T.int32,
+        finals: T.int32,
         truncate: T.int32,
         open_left: T.int32,
     ):
@@ -157,7 +161,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                 ring = ring._replace(staged=staged, stored=stored)
             held = Held(S, Sb, Sf, U, Ub, W, Wd, Xf, Xa, Xb, Of, decay, *factors)
             out = Out(dleaving, dv)
-            spot = Spot(tile, h, z, width, first, segment, bits, truncate, open_left, NO, NS, N1, at,
+            spot = Spot(tile, h, z, width, first, segment, truncate, open_left, NO, N1, at,
                         walk, done, span)  # fmt: skip
 
             if tx < workers:
@@ -175,13 +179,14 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         for x, y in T.Parallel(BV, K):
                             S[x, y] = carried[1 - into, h, y, tile * BV + x]
                     elif at[PART] == at[LAST]:
-                        if has_dfinal != 0 and walk[COUNTS] != 0:
+                        ending = at[DOC] - (N1 - 1 - finals)
+                        if ending >= 0 and walk[COUNTS] != 0:
                             for x, y in T.Parallel(BV, K):
-                                S[x, y] = dfinal[at[DOC], h, y, tile * BV + x]
+                                S[x, y] = dfinal[ending, h, y, tile * BV + x]
                     elif store:
                         if n > 0:
                             for x, y in T.Parallel(BV, K):
-                                S[x, y] = dstates[part, h, y, tile * BV + x]
+                                S[x, y] = dstates[boundary(at, segment), h, y, tile * BV + x]
                     if halves == 1:
                         if n > 0:
                             begin(held, room, ring, done[0], tx)
@@ -210,13 +215,17 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                                 for x, y in T.Parallel(BV, K):
                                     carried[into, h, y, tile * BV + x] = S[x, y]
                         elif at[PART] == 0:
-                            for x, y in T.Parallel(BV, K):
-                                dinitial[at[DOC], h, y, tile * BV + x] = S[x, y]
+                            if at[DOC] < initials:
+                                for x, y in T.Parallel(BV, K):
+                                    dinitial[at[DOC], h, y, tile * BV + x] = S[x, y]
                     else:
                         if at[PART] <= at[LAST]:
                             if at[PART] > 0 or at[DOC] < open_left:
+                                place = T.if_then_else(
+                                    at[PART] > 0, boundary(at, segment) - 1, blocks + at[DOC]
+                                )
                                 for x, y in T.Parallel(BV, K):
-                                    dstates[part, h, y, tile * BV + x] = S[x, y]
+                                    dstates[place, h, y, tile * BV + x] = S[x, y]
                     done[0] += n
             else:
                 if tx < workers + 128:

@@ -18,24 +18,26 @@ from .reverse_scan import reverse_scan
 
 
 def summarise(x: OpenBackward) -> None:
-    x.external = x.saved.gate.new_empty(x.layout.external)
+    layout = x.layout
+    places = max(1, layout.blocks + x.open_left)
+    x.external = x.saved.gate.new_empty(places, x.v.shape[1], KEY_DIM, KEY_DIM)
     _reverse(
         x, x.external, x.dfinal, x.external, x.external, x.entering, x.do,
-        segment=x.saved.plan.summarised, width=x.layout.external[0], store=False,
+        segment=x.saved.plan.summarised, width=layout.summaries, store=False,
     )  # fmt: skip
 
 
 def _reverse(
     opened, dstates, dfinal, dinitial, carried, dleaving, dv, *, segment, width, first=0, into=0,
-    store=True,
+    store=True, initials=0,
 ) -> None:  # fmt: skip
     x, saved = opened, opened.saved
     kernel = x.layout.reverse if store else x.layout.summary
     kernel(
         x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, saved.qnorm, x.beta, saved.cu_seqlens,
         dstates, dstates if dfinal is None else dfinal, dinitial, carried, dleaving, dv, x.scale, width,
-        first, into, segment, x.layout.bits, int(dfinal is not None), int(x.truncate and not store),
-        x.open_left,
+        first, into, segment, x.layout.blocks, initials, 0 if dfinal is None else dfinal.shape[0],
+        int(x.truncate and not store), x.open_left,
     )  # fmt: skip
 
 
@@ -44,14 +46,14 @@ def scan(opened, incoming, dstates, total, *, entering) -> None:
     ready(reverse_scan, entering=entering)(
         x.external, saved.maps, saved.live, saved.cu_seqlens,
         x.external if incoming is None else incoming, dstates, total, saved.plan.summarised,
-        int(incoming is not None),
+        x.layout.blocks, int(incoming is not None),
     )  # fmt: skip
 
 
 def replay_states(x: OpenBackward, first: int = 0, count: int | None = None) -> None:
     """All of it, or of one sequence the segments that begin in a block."""
     saved, segment = x.saved, x.saved.plan.segment
-    width, kernel = saved.states.shape[0], x.layout.replay
+    width, kernel = x.layout.segments, x.layout.replay
     if count is not None and count < x.layout.chunks:
         width = ceil(count / segment)
         halves = halves_of(width * x.v.shape[1], x.layout.processors)
@@ -59,29 +61,28 @@ def replay_states(x: OpenBackward, first: int = 0, count: int | None = None) -> 
     kernel(
         x.k, x.v, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens,
         saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd, width,
-        first // segment, segment, x.layout.bits, int(x.initial is not None),
+        first // segment, segment, 0 if x.initial is None else x.initial.shape[0],
     )  # fmt: skip
 
 
 def _final_gradient(opened: OpenBackward, incoming: torch.Tensor | None) -> torch.Tensor | None:
-    if incoming is None or incoming.shape[0] == opened.layout.documents:
+    """Of all documents, or of the last ones, to which alone anything comes in."""
+    if incoming is None or opened.dfinal is None:
         return opened.dfinal if incoming is None else incoming
-    if opened.dfinal is None:
-        dfinal = incoming.new_zeros(opened.layout.documents, *incoming.shape[1:])
-    else:
-        dfinal = opened.dfinal.clone()
+    dfinal = opened.dfinal.clone()
     dfinal[-incoming.shape[0] :] = incoming
     return dfinal
 
 
 def begin_walk(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
     saved = x.saved
-    dh0 = saved.gate.new_empty(x.layout.documents, x.v.shape[1], KEY_DIM, KEY_DIM)
-    dstates = dh0
-    if x.layout.cut:
-        dstates = torch.empty_like(saved.states)
+    layout, kind = x.layout, (x.v.shape[1], KEY_DIM, KEY_DIM)
+    wanted = max(x.open_left, 0 if x.initial is None else x.initial.shape[0])
+    dh0 = saved.gate.new_empty(wanted, *kind)
+    dstates = carried = dh0.new_empty(2, *kind)
+    if layout.cut:
+        dstates = dh0.new_empty(max(1, layout.blocks), *kind)
         scan(x, incoming, dstates, dstates, entering=False)
-    carried = dh0.new_empty(2, *dh0.shape[1:])
     return Walk(dstates, _final_gradient(x, incoming), torch.empty_like(x.v), dh0, carried)
 
 
@@ -97,14 +98,16 @@ def walk_whole(x: OpenBackward, incoming: torch.Tensor | None) -> Walk:
 def walk_block(x: OpenBackward, walk: Walk, dleaving: torch.Tensor, first: int, i: int) -> None:
     """The i-th block from the end, chunk slots from `first` on."""
     layout, heads, chunks = x.layout, x.v.shape[1], x.saved.a.shape[0]
-    segments = walk.dstates.shape[0]
+    segments = layout.segments if layout.cut else layout.documents
+    wanted = walk.dh0.shape[0]
     # those of an average block, or more if they do not fill the GPU; a CTA walks what is left after its own
     width = max(
         ceil(segments * dleaving.shape[0] / chunks) + 2,
         ceil(layout.processors * layout.halves / heads),
     )
     _reverse(
-        x, walk.dstates, walk.dfinal, walk.dh0, walk.carried, dleaving, walk.dv,
+        x, walk.dstates, walk.dfinal, walk.dh0 if wanted else walk.carried, walk.carried, dleaving,
+        walk.dv, initials=wanted,
         segment=layout.segment, width=min(segments, width), first=first, into=i % 2,
     )  # fmt: skip
 
@@ -148,5 +151,5 @@ def _gradients(x: OpenBackward, walk: Walk, dleaving: torch.Tensor, out, pairs, 
         x.vd[states], walk.dv, x.entering[states], dleaving, saved.gate[block],
         *norms, x.beta, saved.cu_seqlens,
     )  # fmt: skip
-    layout.gradients(x.q, x.k, x.do, *around, *out, pairs, x.scale, layout.bits, first)
-    layout.beta_gradient(x.q, x.k, x.v, x.do, *around, pairs, out[3], x.scale, layout.bits, first)
+    layout.gradients(x.q, x.k, x.do, *around, *out, pairs, x.scale, first)
+    layout.beta_gradient(x.q, x.k, x.v, x.do, *around, pairs, out[3], x.scale, first)

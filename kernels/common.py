@@ -11,8 +11,9 @@ floor(cu[i + 1] / B) - floor(cu[i] / B) + 1 of them, and there are total // B + 
 number known on the host from shapes alone. Slots that no document uses stay empty.
 
 Blocks that are not the last of their document are full: each holds one token whose number is B - 1
-modulo B, and there are at most (total - 1) // B of them. Work on such blocks alone is numbered by
-these tokens, and needs fewer CTAs than there are slots.
+modulo B, and there are at most (total - 1) // B of them, however many documents. Block j of document
+i, without the last, is numbered by these tokens: cu[i] // B + j. That is where the state that leaves
+it lies, and its M. Work on such blocks alone needs fewer CTAs than there are slots.
 """
 
 import tilelang
@@ -38,8 +39,33 @@ def _accumulators(emitter) -> int:
 
 TensorCoreIntrinEmitter.wgmma_accum_regs = property(_accumulators)
 
+# The last of `documents` ones whose first slot cu[i] // block + i is not past `slot`; or, if not
+# `numbered`, whose cu[i] // block is not. The lanes of a warp look at 32 at once.
+SEARCH = r"""
+#ifndef GDN_SEARCH
+#define GDN_SEARCH
+namespace gdn {
+__device__ __forceinline__ int find_document(const int* cu, int slot, int block, int documents,
+                                             int numbered) {
+  const int lane = threadIdx.x & 31;
+  int first = 0, count = documents;
+  while (count > 1) {
+    const int step = (count + 31) >> 5, i = lane * step;
+    const bool begins = i < count && cu[first + i] / block + (first + i) * numbered <= slot;
+    const int last = max(__popc(__ballot_sync(~0u, begins)) - 1, 0) * step;
+    first += last;
+    count = min(step, count - last);
+  }
+  return first;
+}
+}  // namespace gdn
+#endif
+"""
+
 # Data movement between accumulators and shared memory that TileLang has no word for.
-MATRIX_COPIES = r"""
+MATRIX_COPIES = (
+    SEARCH
+    + r"""
 #ifndef GDN_MATRIX_COPIES
 #define GDN_MATRIX_COPIES
 namespace gdn {
@@ -90,11 +116,17 @@ __device__ __forceinline__ void pass_turn(int group) {
 }  // namespace gdn
 #endif
 """
+)
 
 
 def slots(tokens: int, documents: int, block: int) -> int:
     """Number of slots that hold every block of `block` tokens of a packed batch."""
     return tokens // block + documents
+
+
+def cuts(tokens: int, block: int) -> int:
+    """How many blocks of `block` tokens are not the last of their document, at most."""
+    return max(0, (tokens - 1) // block)
 
 
 def accumulator_layout(buffer):
@@ -120,32 +152,26 @@ DOC, PART, COUNT, ROW, CHUNK_SLOT, END, LAST = range(7)
 
 
 @T.macro
-def find_document(cu, slot, block, documents, bits, doc):
-    """doc[0] <- the last document whose first slot is not past `slot` (`bits` halvings)."""
-    doc[0] = 0
-    for step in T.serial(bits):
-        guess = doc[0] + (1 << (bits - 1 - step))
-        if guess < documents:
-            if T.truncdiv(cu[guess], block) + guess <= slot:
-                doc[0] = guess
+def find_document(cu, slot, block, documents, doc):
+    """doc[0] <- the last document whose first slot is not past `slot`. For whole warps."""
+    doc[0] = T.call_extern(
+        "int32", "gdn::find_document", T.access_ptr(cu[0], "r"), slot, block, documents, 1
+    )
 
 
 @T.macro
-def find_token(cu, token, documents, bits, doc):
-    """doc[0] <- the document that holds `token` (`bits` halvings)."""
-    doc[0] = 0
-    for step in T.serial(bits):
-        guess = doc[0] + (1 << (bits - 1 - step))
-        if guess < documents:
-            if cu[guess] <= token:
-                doc[0] = guess
+def find_token(cu, token, documents, doc):
+    """doc[0] <- the document that holds `token`. For whole warps."""
+    doc[0] = T.call_extern(
+        "int32", "gdn::find_document", T.access_ptr(cu[0], "r"), token, 1, documents, 0
+    )
 
 
 @T.macro
-def find_segment(cu, slot, segment, documents, bits, at):
+def find_segment(cu, slot, segment, documents, at):
     """Where a segment of `segment` chunks lies: see the names above. COUNT is 0 in an empty slot."""
     block = segment * CHUNK
-    find_document(cu, slot, block, documents, bits, at)
+    find_document(cu, slot, block, documents, at)
     begin, end = cu[at[DOC]], cu[at[DOC] + 1]
     at[PART] = slot - T.truncdiv(begin, block) - at[DOC]
     place_segment(begin, end, segment, at)
@@ -160,6 +186,11 @@ def place_segment(begin, end, segment, at):
     at[CHUNK_SLOT] = T.truncdiv(begin, CHUNK) + at[DOC] + at[PART] * segment
     at[END] = end
     at[LAST] = T.max(T.truncdiv(chunks + segment - 1, segment), 1) - 1
+
+
+def boundary(at, segment):
+    """Where the state that leaves segment `at` lies, unless it is its document's last."""
+    return T.truncdiv(at[ROW], segment * CHUNK)
 
 
 @T.macro

@@ -44,7 +44,7 @@ def _scan(opened: OpenForward, incoming, state, transition, *, documents, mode) 
         external if incoming is None else incoming,
         external if state is None else state,
         external if transition is None else transition,
-        segment, tiles, min(jobs, lanes), jobs, int(listed), layout.bits,
+        segment, tiles, min(jobs, lanes), jobs, int(listed), layout.blocks,
         int(opened.initial is not None), left, right, mode,
     )  # fmt: skip
 
@@ -62,6 +62,7 @@ def open_forward(
     use_qk_l2norm_in_kernel: bool = False,
     keys_normalized: bool = False,
     summarise: bool = True,
+    max_seqlen: int | None = None,
     plan: Plan | None = None,
     layout: Layout | None = None,
 ) -> OpenForward:
@@ -81,13 +82,13 @@ def open_forward(
         layout = layout_of(
             k, v, g, beta, cu_seqlens, initial_state, open_left=open_left, open_right=open_right,
             normalize=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized, summarise=summarise,
-            plan=plan,
+            plan=plan, max_seqlen=max_seqlen,
         )  # fmt: skip
     x = pack(k, v, g, beta, cu_seqlens)
     a = k.new_empty(layout.a)
     gate = k.new_empty(layout.gate, dtype=torch.float32)
     rnorm = gate.new_empty(layout.rnorm)
-    layout.prepare(x.k, x.g, x.beta, x.cu, a, gate, rnorm, layout.bits)
+    layout.prepare(x.k, x.g, x.beta, x.cu, a, gate, rnorm)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     external = states = gate.new_empty(layout.states)
@@ -159,7 +160,7 @@ def norm_queries(opened: OpenForward, q: torch.Tensor) -> None:
         raise ValueError(f"q is {tuple(q.shape)} {q.dtype}; expected {expected} {x.k.dtype}, as k")
     opened.q = flat(q)
     if layout.query_norms is not None:
-        layout.query_norms(opened.q, x.cu, opened.saved.qnorm, layout.bits)
+        layout.query_norms(opened.q, x.cu, opened.saved.qnorm)
 
 
 def close_forward(
@@ -201,20 +202,25 @@ def close_forward(
     if keep_states:
         saved = opened.saved = saved.keeping()
     if plan.split or layout.documents > 1 or tokens <= length:
-        _main(opened, opened.q, x, saved, opened.initial, incoming, states, o, final, scale)
+        _main(
+            opened, opened.q, x, saved, opened.initial, incoming, states, o, final, scale,
+            layout.segments,
+        )  # fmt: skip
     else:
         _one_after_another(opened, opened.q, incoming, o, final, scale, length)
     return o.view(opened.shape), final, saved
 
 
-def _main(opened, q, x, saved, initial, incoming, states, o, final, scale) -> None:
+def _main(
+    opened, q, x, saved, initial, incoming, states, o, final, scale, segments
+) -> None:  # fmt: skip
     inputs = q, x.k, x.v, saved.a, saved.gate, saved.rnorm, saved.qnorm
     made = (
         x.cu, states if initial is None else initial, states if incoming is None else incoming,
         states, o, states if final is None else final,
     )  # fmt: skip
     sizes = (
-        scale, saved.plan.segment, opened.layout.bits, int(initial is not None), int(final is not None),
+        scale, saved.plan.segment, segments, int(initial is not None), int(final is not None),
         0 if incoming is None else opened.layout.open_left,
     )  # fmt: skip
     if saved.entering is None:
@@ -238,7 +244,9 @@ def _one_after_another(opened, q, incoming, o, final, scale, length) -> None:
         parts += ["entering", "vd"] if saved.entering is not None else []
         cut = saved._replace(**{name: getattr(saved, name)[chunks] for name in parts})
         leaving = state if begin + length < tokens else final
-        _main(opened, q[rows], part, cut, initial, incoming, state, o[rows], leaving, scale)
+        _main(
+            opened, q[rows], part, cut, initial, incoming, saved.states, o[rows], leaving, scale, 1
+        )
         initial, incoming = state, None
 
 
@@ -256,6 +264,7 @@ def chunk_gdn_forward(
     use_qk_l2norm_in_kernel: bool = False,
     keys_normalized: bool = False,
     keep_states: bool = False,
+    max_seqlen: int | None = None,
     plan: Plan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Saved]:
     """Gated delta rule of packed or batched sequences (Gated DeltaNet, arXiv:2412.06464).
@@ -270,6 +279,7 @@ def chunk_gdn_forward(
             be truncated (summary.py); implied by use_qk_l2norm_in_kernel.
         keep_states: also save what a backward that follows at once would replay, 768 bytes a token
             and value head (recurrence_kept.py). `o` differs by rounding.
+        max_seqlen: tokens of the longest document, or more: where that is not cut, summaries are left out.
         plan: segment lengths, chosen from the shapes if None.
 
     Returns:
@@ -280,7 +290,8 @@ def chunk_gdn_forward(
     """
     opened = open_forward(
         k, v, g, beta, initial_state=initial_state, cu_seqlens=cu_seqlens,
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized, plan=plan,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized,
+        max_seqlen=max_seqlen, plan=plan,
     )  # fmt: skip
     return close_forward(
         opened, q, scale=scale, output_final_state=output_final_state, keep_states=keep_states

@@ -4,11 +4,11 @@ Found at the first of such calls, so that the host of a later one only makes ten
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from .common import CHUNK, slots
+from .common import CHUNK, cuts, slots
 from .inputs import DTYPES, KEY_DIM, check
 from .launch import KEPT, multiprocessors, ready
 from .plan import Plan, entire_jobs, plan_segments
@@ -25,8 +25,9 @@ MOST_CHUNKS = 65535  # of a launch's second grid dimension
 @dataclass(frozen=True, eq=False)
 class Layout:
     documents: int
-    bits: int  # of a document's number
     plan: Plan
+    segments: int  # slots of the main pass
+    blocks: int  # summarised segments that are not a document's last, at most
     processors: int  # multiprocessors of the GPU
     normalize: bool
     open_left: int
@@ -58,9 +59,11 @@ _layouts: dict[tuple[Any, ...], Layout] = {}
 
 def layout_of(
     k, v, g, beta, cu_seqlens, initial_state, *, open_left, open_right, normalize, keys_normalized,
-    summarise, plan,
+    summarise, plan, max_seqlen,
 ) -> Layout:  # fmt: skip
     """The layout of open_forward's arguments, whose checks it makes; ValueError if they do not fit."""
+    if plan is None and max_seqlen is not None and not (open_left or open_right):
+        plan = _plan_of_whole(k, v, cu_seqlens, max_seqlen)
     kind = (
         k.device, k.shape, v.shape, g.shape, beta.shape, k.dtype, v.dtype, g.dtype, beta.dtype,
         None if cu_seqlens is None else (cu_seqlens.device, cu_seqlens.shape, cu_seqlens.dtype),
@@ -86,6 +89,21 @@ def layout_of(
     return layout
 
 
+def _plan(k, v, documents: int, packed: bool) -> Plan:
+    return plan_segments(
+        k.shape[0] * k.shape[1], documents, *v.shape[2:], packed=packed and documents > 1,
+        processors=multiprocessors(k.device),
+    )  # fmt: skip
+
+
+def _plan_of_whole(k, v, cu_seqlens, max_seqlen: int) -> Plan | None:
+    """Packed documents of which none would be cut need neither summaries nor a scan."""
+    if cu_seqlens is None or k.ndim != 4 or v.ndim != 4 or cu_seqlens.numel() <= 2:
+        return None
+    plan = _plan(k, v, cu_seqlens.numel() - 1, True)
+    return replace(plan, split=False) if max_seqlen <= plan.segment * CHUNK else None
+
+
 def _lay_out(
     k, v, g, beta, documents, packed, given, left, right, normalize, keys_normalized, summarise, plan
 ) -> Layout:  # fmt: skip
@@ -93,15 +111,7 @@ def _lay_out(
     key_heads, (value_heads, value_dim) = k.shape[2], v.shape[2:]
     processors = multiprocessors(k.device)
     if plan is None:
-        plan = plan_segments(
-            tokens,
-            documents,
-            value_heads,
-            value_dim,
-            packed=packed and documents > 1,
-            processors=processors,
-        )
-    bits = (documents - 1).bit_length()
+        plan = _plan(k, v, documents, packed)
     chunks = slots(tokens, documents, CHUNK)
     if chunks > MOST_CHUNKS:
         raise ValueError(
@@ -109,15 +119,16 @@ def _lay_out(
             f"{CHUNK}, the most of one call: use more ranks, or fewer sequences a call"
         )
     summarised = plan.split or (summarise and right > 0)
-    count = slots(tokens, documents, plan.summarised * CHUNK) if summarised else 1
-    blocks = max(0, (tokens - 1) // (plan.summarised * CHUNK))  # that are not a document's last
+    blocks = cuts(tokens, plan.summarised * CHUNK)
+    count = max(1, blocks + right) if summarised else 1
     known = int(blocks > 0 and left == 0 and documents == 1)
     jobs = value_heads * (2 * (blocks + right) - known)
     dtype = DTYPES[k.dtype]
     return Layout(
         documents=documents,
-        bits=bits,
         plan=plan,
+        segments=slots(tokens, documents, plan.segment * CHUNK),
+        blocks=blocks,
         processors=processors,
         normalize=normalize,
         open_left=left,
@@ -126,7 +137,8 @@ def _lay_out(
         gate=(chunks, value_heads, CHUNK),
         rnorm=(chunks if normalize else 1, key_heads, CHUNK),
         states=(
-            slots(tokens, documents, plan.segment * CHUNK), value_heads, KEY_DIM, value_dim
+            count if plan.split else 1 if documents > 1 else max(1, cuts(tokens, plan.segment * CHUNK)),
+            value_heads, KEY_DIM, value_dim,
         ),
         external=(count, value_heads, KEY_DIM, value_dim) if summarised and not plan.split else None,
         maps=(count, value_heads, 2, KEY_DIM, KEY_DIM),
@@ -149,7 +161,7 @@ def _lay_out(
             else None
         ),
         summary_sizes=(
-            plan.summarised, bits, int(given), int(normalize or keys_normalized), left, right,
+            plan.summarised, int(given), int(normalize or keys_normalized), left, right,
             blocks, known, jobs, entire_jobs(jobs, processors),
         ),
         scan=ready(scan) if summarised else None,

@@ -14,7 +14,7 @@ from .plan import Plan
 
 class Saved(NamedTuple):
     """What a backward needs beside the inputs: 132 bytes a token and value head, 8 a token and key
-    head where the kernels normalise, and 128 KiB a segment and head. `a` and `gate` are read as they
+    head where the kernels normalise, and 128 KiB a head and place between two segments. `a` and `gate` are read as they
     are; preparing them again would cost as much time as writing and reading them, and nothing else of
     the forward is worth its bytes. Where no M is needed any more `maps` and `live` are placeholders."""
 
@@ -22,7 +22,7 @@ class Saved(NamedTuple):
     gate: torch.Tensor  # [NC, Hv, 64] fp32
     rnorm: torch.Tensor  # [NC, Hk, 64] fp32 if the kernels normalise, else a placeholder
     qnorm: torch.Tensor  # the same of the queries, from close_forward on
-    states: torch.Tensor  # [NS, Hv, K, V] fp32: the state that leaves each segment but the last
+    states: torch.Tensor  # [NS, Hv, K, V] fp32: the state that leaves each segment but a last one
     cu_seqlens: torch.Tensor  # [N + 1] int32
     maps: torch.Tensor  # [NM, Hv, 2, K, K] bf16: M of the summarised segments, high and low half
     live: torch.Tensor  # [NM, Hv] int32: whether its M was written (summary.py)

@@ -14,7 +14,7 @@ import tilelang
 import tilelang.language as T
 
 from .blocks import BLOCK, BLOCKS, TRIANGLE
-from .common import CHUNK, FLAGS, TARGET, accumulator_layout, find_document
+from .common import CHUNK, FLAGS, SEARCH, TARGET, accumulator_layout, find_document
 from .inverse import INVERSE
 from .prepare_inputs import INPUTS
 
@@ -52,10 +52,9 @@ def prepare(
         a: T.Tensor((NC, Hv, C, C), dtype),
         gate: T.Tensor((NC, Hv, C), f32),
         rnorm: T.Tensor((NR, Hk, C), f32),
-        bits: T.int32,
     ):
         with T.Kernel(Hk, NC, threads=128) as (hk, slot):
-            T.import_source(BLOCKS + INVERSE + INPUTS)
+            T.import_source(SEARCH + BLOCKS + INVERSE + INPUTS)
             T.annotate_min_blocks_per_sm(held)
             ks = T.alloc_shared((2 * C, C), dtype)  # halves of K's columns; then heads of a
             triangles = T.alloc_shared((R * 4 * TRIANGLE,), f32)
@@ -68,7 +67,7 @@ def prepare(
             tx = T.get_thread_binding()
 
             doc = T.alloc_local((1,), i32)
-            find_document(cu, slot, C, N1 - 1, bits, doc)
+            find_document(cu, slot, C, N1 - 1, doc)
             begin, end = cu[doc[0]], cu[doc[0] + 1]
             row = begin + (slot - T.truncdiv(begin, C) - doc[0]) * C
             if row < end:

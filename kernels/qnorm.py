@@ -8,7 +8,7 @@ all of a thread's loads under way at once. Rows past the end of a document get z
 import tilelang
 import tilelang.language as T
 
-from .common import CHUNK, FLAGS, TARGET, find_document
+from .common import CHUNK, FLAGS, SEARCH, TARGET, find_document
 
 LANES = 8  # threads of a row, and numbers of a load
 THREADS = 128
@@ -28,9 +28,9 @@ def query_norms(*, dtype="bfloat16"):
         q: T.Tensor((L, Hk, K), dtype),
         cu: T.Tensor((N1,), i32),
         qnorm: T.Tensor((NC, Hk, C), f32),
-        bits: T.int32,
     ):
         with T.Kernel(Hk, NC, threads=THREADS) as (hk, slot):
+            T.import_source(SEARCH)
             rows = T.alloc_local((ROWS * LOADS * LANES,), dtype)
             square = T.alloc_local((1,), f32)
             mine = T.alloc_local((1,), f32)
@@ -38,7 +38,7 @@ def query_norms(*, dtype="bfloat16"):
             tx = T.get_thread_binding()
             lane = tx % LANES
             first = tx // LANES * ROWS
-            find_document(cu, slot, C, N1 - 1, bits, doc)
+            find_document(cu, slot, C, N1 - 1, doc)
             begin, end = cu[doc[0]], cu[doc[0] + 1]
             row = begin + (slot - T.truncdiv(begin, C) - doc[0]) * C + first
             for u in T.unroll(ROWS):

@@ -105,12 +105,12 @@ def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False):
         final: T.Tensor((NT, Hv, K, value_dim), f32),
         scale: T.float32,
         segment: T.int32,
-        bits: T.int32,
+        width: T.int32,
         has_initial: T.int32,
         want_final: T.int32,
         open_left: T.int32,
     ):
-        with T.Kernel(tiles, Hv, NS, threads=movers + 128) as (tile, h, slot):
+        with T.Kernel(tiles, Hv, width, threads=movers + 128) as (tile, h, slot):
             T.import_source(MATRIX_COPIES)
             ks = T.alloc_shared((stages, C, K), dtype)
             qs = T.alloc_shared((stages, C, K), dtype)
@@ -159,13 +159,15 @@ def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False):
             tx = T.get_thread_binding()
             at = T.alloc_local((7,), i32)
             decay = T.alloc_local((1,), f32)
-            find_segment(cu, slot, segment, N1 - 1, bits, at)
+            find_segment(cu, slot, segment, N1 - 1, at)
             n = at[COUNT]
             row = at[ROW]
 
             if tx < workers:
                 T.set_max_nreg(registers[0], 1)
-                enter(S, incoming, initial, states, at, slot, h, tile, BV, open_left, has_initial)
+                enter(
+                    S, incoming, initial, states, at, segment, h, tile, BV, open_left, has_initial
+                )
                 if n > 0:
                     T.mbarrier_wait_parity(ready[0], 0)
                     if tx >= 128:

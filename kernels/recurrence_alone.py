@@ -86,12 +86,12 @@ def recurrence_alone(
         vd: kept((NC, Hv, C, value_dim), dtype),
         scale: T.float32,
         segment: T.int32,
-        bits: T.int32,
+        width: T.int32,
         has_initial: T.int32,
         want_final: T.int32,
         open_left: T.int32,
     ):
-        with T.Kernel(tiles, Hv, NS, threads=512) as (tile, h, slot):
+        with T.Kernel(tiles, Hv, width, threads=512) as (tile, h, slot):
             T.import_source(SOURCE + HELD)
             ks = T.alloc_shared((STAGES, C, K), dtype)
             qs = T.alloc_shared((STAGES, C, K), dtype)
@@ -155,7 +155,7 @@ def recurrence_alone(
             tx = T.get_thread_binding()
             at = T.alloc_local((7,), i32)
             decay = T.alloc_local((1,), f32)
-            find_segment(cu, slot, segment, N1 - 1, bits, at)
+            find_segment(cu, slot, segment, N1 - 1, at)
             n = at[COUNT]
             row = at[ROW]
             full_chunks = T.if_then_else(row + n * C <= at[END], n, n - 1)
@@ -181,7 +181,9 @@ def recurrence_alone(
                 stateful_at[0] = T.call_extern(u32, "gdn::held_address", stateful.data)
                 stateless_at[0] = T.call_extern(u32, "gdn::held_address", stateless.data)
                 valued_at[0] = T.call_extern(u32, "gdn::held_address", valued.data)
-                enter(S, incoming, initial, states, at, slot, h, tile, BV, open_left, has_initial)
+                enter(
+                    S, incoming, initial, states, at, segment, h, tile, BV, open_left, has_initial
+                )
                 if keep:  # one register instead of three while chunks last
                     at[DOC] = T.if_then_else(at[PART] == at[LAST], at[DOC], -1)
                 if n > 0:

@@ -11,14 +11,14 @@ Macros, made for a variant of that kernel; their text is part of its roles' bran
 
 import tilelang.language as T
 
-from .common import CHUNK, CHUNK_SLOT, DOC, PART
+from .common import CHUNK, CHUNK_SLOT, COUNT, DOC, PART, boundary
 
 C, K, HALF = CHUNK, 128, 64
 
 
 @T.macro
-def enter(S, incoming, initial, states, at, slot, h, tile, BV, open_left, has_initial):
-    """The transposed state that enters segment `slot`: block `tile` of BV of its value columns."""
+def enter(S, incoming, initial, states, at, segment, h, tile, BV, open_left, has_initial):
+    """The transposed state that enters a segment: block `tile` of BV of its value columns."""
     T.clear(S)
     if at[PART] == 0:
         if at[DOC] < open_left:
@@ -27,9 +27,9 @@ def enter(S, incoming, initial, states, at, slot, h, tile, BV, open_left, has_in
         elif has_initial != 0:
             for x, y in T.Parallel(BV, K):
                 S[x, y] = initial[at[DOC], h, y, tile * BV + x]
-    else:
+    elif at[COUNT] > 0:
         for x, y in T.Parallel(BV, K):
-            S[x, y] = states[slot - 1, h, y, tile * BV + x]
+            S[x, y] = states[boundary(at, segment) - 1, h, y, tile * BV + x]
 
 
 def pair_scaler(*, normalize):

@@ -16,9 +16,15 @@ import tilelang
 import tilelang.language as T
 
 from .common import CHUNK, FLAGS, TARGET
+from .scan import place
 
 MOST_SEGMENTS = 4096  # of a document
 STAGES = 3
+
+
+def behind(segment, first, entered):
+    """Where dS_ext of a document's segment lies: with the state that enters it, or at `entered`."""
+    return T.if_then_else(segment > 0, first + segment - 1, entered)
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -26,7 +32,7 @@ def reverse_scan(*, entering=False):
     K, V, COLS = 128, 128, 64
     f32, bf16, i32 = "float32", "bfloat16", "int32"
     NS, Hv, N1, NT = T.dynamic("NS"), T.dynamic("Hv"), T.dynamic("N1"), T.dynamic("NT")
-    NI, NM = T.dynamic("NI"), T.dynamic("NM")
+    NI, NM, ND = T.dynamic("NI"), T.dynamic("NM"), T.dynamic("ND")
     documents = NT if entering else N1 - 1
 
     @T.macro
@@ -42,9 +48,10 @@ def reverse_scan(*, entering=False):
         live: T.Tensor((NM, Hv), i32),
         cu: T.Tensor((N1,), i32),
         incoming: T.Tensor((NI, Hv, K, V), f32),
-        dstates: T.Tensor((NS, Hv, K, V), f32),
+        dstates: T.Tensor((ND, Hv, K, V), f32),
         total: T.Tensor((NT, Hv, K, V), f32),
         segment: T.int32,
+        blocks: T.int32,
         has_incoming: T.int32,
     ):
         with T.Kernel(V // COLS, Hv, documents, threads=128) as (tile, h, doc):
@@ -59,16 +66,17 @@ def reverse_scan(*, entering=False):
             tx = T.get_thread_binding()
             block = segment * CHUNK
             begin, end = cu[doc], cu[doc + 1]
-            first = T.truncdiv(begin, block) + doc
+            first = T.truncdiv(begin, block)
             count = T.max(T.truncdiv(end - begin + block - 1, block), 1)
             column = tile * COLS
             # the steps are segments start - 1, ..., stop: late gradients pass the last one, too
             late = has_incoming != 0 and doc >= N1 - 1 - NI
             start = T.if_then_else(late, count, count - 1)
+            last = blocks + doc - (N1 - 1 - NI)  # M of the last segment, where that is open
             stop = 0 if entering else 1
             for x in T.serial(T.ceildiv(start, 128)):
                 if x * 128 + tx < start:
-                    flags[x * 128 + tx] = live[first + x * 128 + tx, h]
+                    flags[x * 128 + tx] = live[place(x * 128 + tx, first, count, last), h]
             products = T.alloc_local((1,), i32)
             products[0] = 0
             T.sync_threads()
@@ -79,14 +87,14 @@ def reverse_scan(*, entering=False):
                     products[0] += 1
             T.sync_threads()
             for x in T.serial(T.min(products[0], STAGES)):
-                fetch(maps, first + order[x], h, x, Ms, full)
+                fetch(maps, place(order[x], first, count, last), h, x, Ms, full)
             if late:
                 for x, y in T.Parallel(COLS, K):
                     S[x, y] = incoming[doc - (N1 - 1 - NI), h, y, column + x]
             else:
                 if count > 1 or entering:
                     for x, y in T.Parallel(COLS, K):
-                        S[x, y] = external[first + count - 1, h, y, column + x]
+                        S[x, y] = external[behind(count - 1, first, blocks + doc), h, y, column + x]
                 if not entering:
                     if count > 1:
                         for x, y in T.Parallel(COLS, K):
@@ -96,7 +104,7 @@ def reverse_scan(*, entering=False):
             for i in T.serial(start - stop):
                 s = start - 1 - i
                 for x, y in T.Parallel(COLS, K):
-                    acc[x, y] = external[first + s, h, y, column + x]
+                    acc[x, y] = external[behind(s, first, blocks + doc), h, y, column + x]
                 if flags[s] != 0:
                     stage = used[0] % STAGES
                     for x, y in T.Parallel(COLS, K):
@@ -110,7 +118,14 @@ def reverse_scan(*, entering=False):
                     T.wait_wgmma(0)
                     T.sync_threads()
                     if used[0] + STAGES < products[0]:
-                        fetch(maps, first + order[used[0] + STAGES], h, stage, Ms, full)
+                        fetch(
+                            maps,
+                            place(order[used[0] + STAGES], first, count, last),
+                            h,
+                            stage,
+                            Ms,
+                            full,
+                        )
                     used[0] += 1
                 for x, y in T.Parallel(COLS, K):
                     S[x, y] = acc[x, y]

@@ -20,11 +20,16 @@ a step runs. A segment whose M vanished (live = 0) needs no step.
 import tilelang
 import tilelang.language as T
 
-from .common import CHUNK, FLAGS, TARGET, find_token
+from .common import CHUNK, FLAGS, SEARCH, TARGET, find_token
 
 MOST_SEGMENTS = 4096  # of a document
 COLUMNS = 32
 STAGES = 3
+
+
+def place(segment, first, count, late):
+    """Where M of a document's segment lies, and the state that leaves it (common.py, summary.py)."""
+    return T.if_then_else(segment < count - 1, first + segment, late)
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -55,13 +60,14 @@ def scan():
         lanes: T.int32,
         jobs: T.int32,
         listed: T.int32,
-        bits: T.int32,
+        blocks: T.int32,
         has_initial: T.int32,
         open_left: T.int32,
         open_right: T.int32,
         closing: T.int32,
     ):
         with T.Kernel(tiles, Hv, lanes, threads=256) as (tile, h, lane):
+            T.import_source(SEARCH)
             Ms = T.alloc_shared((2 * STAGES, K, K), bf16)  # [stage * 2 + (high, low)]
             Ss = T.alloc_shared((2, COLS, K), bf16)
             acc = T.alloc_fragment((K, COLS), f32)
@@ -88,7 +94,7 @@ def scan():
                     if job < open_left + open_right:
                         which[0] = N1 - 1 - open_right + job - open_left
                     else:
-                        find_token(cu, token, N1 - 1, bits, which)
+                        find_token(cu, token, N1 - 1, which)
                 doc = which[0]
                 begin, end = cu[doc], cu[doc + 1]
                 mine[0] = 1
@@ -98,13 +104,14 @@ def scan():
                     elif job >= open_left + open_right:
                         if doc >= N1 - 1 - open_right or token - begin >= 2 * block:
                             mine[0] = 0
-                first = T.truncdiv(begin, block) + doc
+                first = T.truncdiv(begin, block)
                 count = T.truncdiv(end - begin + block - 1, block)
                 column = tile % (V // COLS) * COLS
                 is_map = tile >= V // COLS
                 arrives = doc < open_left
                 leaves = closing != 1 and doc >= N1 - 1 - open_right and mine[0] != 0
                 out = doc - (N1 - 1 - open_right)
+                late = blocks + out  # where the last segment of what leaves lies
                 writes[0] = count - 1
                 if is_map or (arrives and closing == 0):
                     writes[0] = 0
@@ -118,7 +125,7 @@ def scan():
 
                 for x in T.serial(T.ceildiv(stop[0], 256)):
                     if x * 256 + tx < stop[0]:
-                        flags[x * 256 + tx] = live[first + x * 256 + tx, h]
+                        flags[x * 256 + tx] = live[place(x * 256 + tx, first, count, late), h]
                 base[0] = used[0]
                 held[0] = 0
                 T.clear(S)
@@ -131,9 +138,9 @@ def scan():
                     if flags[0] % 2 != 0:
                         held[0] = 1
                         for x, y in T.Parallel(K, COLS):
-                            S[x, y] = T.cast(maps[first, h, 0, x, column + y], f32) + T.cast(
-                                maps[first, h, 1, x, column + y], f32
-                            )
+                            S[x, y] = T.cast(
+                                maps[place(0, first, count, late), h, 0, x, column + y], f32
+                            ) + T.cast(maps[place(0, first, count, late), h, 1, x, column + y], f32)
                     for x in T.serial(stop[0]):  # one M that vanished, and so does the product
                         if flags[x] % 2 == 0:
                             held[0] = 0
@@ -147,15 +154,22 @@ def scan():
                         products[0] += 1
                 T.sync_threads()
                 for x in T.serial(T.min(products[0], STAGES)):
-                    fetch(maps, first + flags[x] // 2, h, (base[0] + x) % STAGES, Ms, full)
+                    fetch(
+                        maps,
+                        place(flags[x] // 2, first, count, late),
+                        h,
+                        (base[0] + x) % STAGES,
+                        Ms,
+                        full,
+                    )
                 for step in T.serial(T.max(stop[0] - start, 0)):
                     s = start + step
-                    slot = first + s
+                    slot = place(s, first, count, late)
                     stage = used[0] % STAGES
                     if flags[s] % 2 != 0:
                         if held[0] == 0:
                             for x, y in T.Parallel(K, COLS):
-                                S[x, y] = states[slot - 1, h, x, column + y]
+                                S[x, y] = states[first + s - 1, h, x, column + y]
                         for x, y in T.Parallel(K, COLS):
                             high = T.cast(S[x, y], bf16)
                             Ss[0, y, x] = high
@@ -199,7 +213,14 @@ def scan():
                         T.sync_threads()
                         ahead = used[0] - base[0] + STAGES
                         if ahead < products[0]:
-                            fetch(maps, first + flags[ahead] // 2, h, stage, Ms, full)
+                            fetch(
+                                maps,
+                                place(flags[ahead] // 2, first, count, late),
+                                h,
+                                stage,
+                                Ms,
+                                full,
+                            )
                         used[0] += 1
                         held[0] = 1
                     else:
@@ -219,7 +240,7 @@ def scan():
                             T.clear(S)
                         else:
                             for x, y in T.Parallel(K, COLS):
-                                S[x, y] = states[first + count - 1, h, x, column + y]
+                                S[x, y] = states[late, h, x, column + y]
                     if is_map:
                         for x, y in T.Parallel(K, COLS):
                             total_map[out, h, x, column + y] = S[x, y]

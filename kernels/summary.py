@@ -18,9 +18,9 @@ Which work is done is decided on the device, a (segment, head) at a time:
 M = high + low, for scan.py.
 
 At most `blocks` segments are not the last of their document (common.py); those that are open on the
-right are one more each, and each is two jobs a head, but for `known` first ones that need no M. Jobs
-from `entire` on have a CTA for either half of their columns: where few are left when all
-multiprocessors have had one, they take two thirds of the time so.
+right are one more each and lie behind them. Each is two jobs a head, but for `known` first ones that
+need no M. Jobs from `entire` on have a CTA for either half of their columns: where few are left when
+all multiprocessors have had one, they take two thirds of the time so.
 """
 
 import tilelang
@@ -67,7 +67,6 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
         maps: T.Tensor((NS, Hv, 2, K, K), "bfloat16"),
         live: T.Tensor((NS, Hv), i32),
         segment: T.int32,
-        bits: T.int32,
         has_initial: T.int32,
         truncate: T.int32,
         open_left: T.int32,
@@ -119,7 +118,7 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
             block = segment * CHUNK
             token = (item + 1) * block - 1
             if item < blocks:
-                find_token(cu, token, N1 - 1, bits, at)
+                find_token(cu, token, N1 - 1, at)
             else:
                 at[DOC] = N1 - 1 - open_right + item - blocks
             begin, end = cu[at[DOC]], cu[at[DOC] + 1]
@@ -128,7 +127,6 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
             else:
                 at[PART] = T.max(T.truncdiv(end - begin + block - 1, block), 1) - 1
             place_segment(begin, end, segment, at)
-            slot = T.truncdiv(begin, block) + at[DOC] + at[PART]
             begins = at[PART] == 0 and at[DOC] >= open_left
             ends = item < blocks and at[PART] >= at[LAST]
             near = T.alloc_local((2,), i32)  # chunks that matter, and whether the state before does
@@ -225,15 +223,15 @@ def summary(*, dtype="bfloat16", normalize=False, stages=4):
                     if kind == 0:
                         if at[COUNT] > 0 and not ends:
                             for x, y in T.Parallel(128, K):
-                                states[slot, h, y, x] = S[x, y]
+                                states[item, h, y, x] = S[x, y]
                         if tx == 0 and not ends:
-                            live[slot, h] = near[1]
+                            live[item, h] = near[1]
                     else:
                         if near[1] != 0 and at[COUNT] > 0:
                             for x, y in T.Parallel(128, K):
                                 high = T.cast(S[x, y], "bfloat16")
-                                maps[slot, h, 0, y, x] = high
-                                maps[slot, h, 1, y, x] = T.cast(
+                                maps[item, h, 0, y, x] = high
+                                maps[item, h, 1, y, x] = T.cast(
                                     S[x, y] - T.cast(high, f32), "bfloat16"
                                 )
                 else:

@@ -287,10 +287,16 @@ class TorchRun:
     def open_backward(
         self, h0: Tensor | None, do: Tensor, dht: Tensor | None, left: int, right: int
     ) -> None:
-        """Start the backward: ``h0`` are the true states, ``dht`` the gradients of the final ones as far as known."""
+        """Start the backward: ``h0`` are the true states, zero where there are none; ``dht`` the gradients of the
+        final ones as far as known."""
         rows = self._layout.to_chunks(do.to(self._terms.v.dtype))
         self._dO = rows.transpose(1, 2).contiguous()  # [n, Hv, C, V]
-        self._h0 = self.some_states(self.num_sequences) if h0 is None else h0
+        known = 0 if h0 is None else len(h0)
+        if h0 is None or known < self.num_sequences:
+            h0, given = self.some_states(self.num_sequences), h0
+            if given is not None:
+                h0[:known] = given
+        self._h0 = h0
         self._dht = self.some_states(self.num_sequences) if dht is None else dht
         self._left, self._right = left, right
 

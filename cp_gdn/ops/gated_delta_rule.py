@@ -120,9 +120,7 @@ class _Call(NamedTuple):
         self, inputs: Sequence[Tensor], context: CPContext
     ) -> chunked.TorchRun | hopper.HopperRun:
         if self.engine == "tilelang":
-            return hopper.HopperRun(
-                inputs, self.cuts.sequences, self.scale, self.normalize, context, self.layouts
-            )
+            return hopper.HopperRun(inputs, self.scale, self.normalize, context, self.layouts)
         layout = context.layout(inputs[0].shape[0], inputs[0].device)
         return chunked.TorchRun(inputs, self.scale, layout)
 

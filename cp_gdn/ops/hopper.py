@@ -49,7 +49,6 @@ class HopperRun:
     def __init__(
         self,
         inputs: Sequence[Tensor],
-        num_sequences: int,
         scale: float,
         normalize: bool,
         context: CPContext,
@@ -59,11 +58,6 @@ class HopperRun:
         self._scale, self._normalize = scale, normalize
         self._context, self._layouts = context, layouts
         self._forward, self._backward = _stages()
-        self.num_sequences = num_sequences
-
-    def some_states(self, count: int) -> Tensor:
-        """Zeros [count, Hv, K, V]."""
-        return self.room(count).zero_()
 
     def room(self, count: int) -> Tensor:
         """For states [count, Hv, K, V]; nothing is written there yet."""
@@ -84,6 +78,7 @@ class HopperRun:
             open_right=right,
             use_qk_l2norm_in_kernel=self._normalize,
             summarise=summarise,
+            max_seqlen=None if offsets is None else self._context.longest_piece,
             layout=self._layouts.get("forward"),
         )
         self._layouts["forward"] = self._opened.layout

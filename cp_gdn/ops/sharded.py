@@ -57,8 +57,8 @@ def sharded_forward(
     context: CPContext,
     cuts: Ends,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, boundary.Transitions]:
-    """o, final states of all documents or None, the states that entered the local sequences [n, Hv, K, V] (None: all
-    zero), and the M for the backward."""
+    """o, final states of all documents or None, the states that entered the local sequences [n, Hv, K, V] (of the
+    first ones; zero elsewhere), and the M for the backward."""
     count = cuts.sequences
     h0 = None
     if initial_state is not None:
@@ -91,7 +91,7 @@ def sharded_forward(
         S_in = pending.wait_there()[0] if pending and cuts.left else None
         o, states = run.close(S_in, final=output_final_state)
         transitions = pending.wait_there()[1] if pending else boundary.Transitions()
-    h0 = _with(h0, cuts.entering, S_in, run)
+    h0 = _with(h0, S_in)
 
     if not output_final_state:
         return o, None, h0, transitions
@@ -155,15 +155,11 @@ def documents(context: CPContext, num_sequences: int) -> slice:
     return slice(first, first + num_sequences)
 
 
-def _with(states: Tensor | None, place: slice, late: Tensor | None, run: Run) -> Tensor | None:
-    """``states`` [n, Hv, K, V] of all local sequences (None: zero) with those that came late in their place."""
-    if late is None:
-        return states
-    if len(late) == run.num_sequences:
-        return late
-    if states is None:
-        states = run.some_states(run.num_sequences)
-    states[place] = late
+def _with(states: Tensor | None, late: Tensor | None) -> Tensor | None:
+    """``states`` [n, Hv, K, V] of all local sequences with those that came late, the first ones; or these alone."""
+    if states is None or late is None:
+        return late if states is None else states
+    states[: len(late)] = late
     return states
 
 

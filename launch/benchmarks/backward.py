@@ -15,8 +15,8 @@ from .timing import SCALE, TERABYTES, TFLOPS, Case, Options, peak, run, time_pee
 NAMES = ("dq", "dk", "dv", "dg", "dbeta")
 
 
-def ours(x, do, packed):
-    saved = chunk_gdn_forward(*x, cu_seqlens=packed, keys_normalized=True)[2]
+def ours(x, do, packing):
+    saved = chunk_gdn_forward(*x, **packing, keys_normalized=True)[2]
     return lambda: chunk_gdn_backward(*x, saved, do, keys_normalized=True)
 
 
@@ -49,7 +49,7 @@ def measure(case: Case) -> dict[str, Any]:
     for seed in range(options.sets):
         x = case.draw(seed)
         do = torch.randn_like(x[2])
-        calls["cp_gdn"].append(ours(x, do, packed))
+        calls["cp_gdn"].append(ours(x, do, case.packing))
         if "flash_qla" in options.peers:
             calls.setdefault("flash_qla", []).append(flash_qla(x, do, offsets))
     for name, each in calls.items():

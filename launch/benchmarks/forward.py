@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cp_gdn.kernels.forward import chunk_gdn_forward
 
-from .inputs import lengths
 from .timing import SCALE, TERABYTES, TFLOPS, Case, Options, run, time_peers
 
 
@@ -51,28 +50,24 @@ def measure(case: Case) -> dict[str, Any]:
     options, row, offsets = case.options, case.row(), case.offsets
     inputs = [case.draw(seed) for seed in range(options.sets)]
     packed = None if case.documents == 1 else offsets
-    calls = {
-        "cp_gdn": [
-            lambda x=x: chunk_gdn_forward(*x, cu_seqlens=packed, keys_normalized=True)
-            for x in inputs
-        ]
-    }
+    ours = {**case.packing, "keys_normalized": True}
+    calls = {"cp_gdn": [partial(chunk_gdn_forward, *x, **ours) for x in inputs]}
     if "flash_qla" in options.peers:
         calls["flash_qla_train"] = flash_qla(inputs, offsets, True)
         calls["flash_qla_inference"] = flash_qla(inputs, offsets, False)
     if "flashinfer" in options.peers:
-        calls["flashinfer"] = flashinfer(inputs, offsets, max(lengths(case.tokens, case.documents)))
+        calls["flashinfer"] = flashinfer(inputs, offsets, case.longest)
     if "fla" in options.peers:
         calls["fla"] = fla(inputs, packed)
     time_peers(row, calls, options.replays)
-    ours = calls["cp_gdn"][0]()[0]
+    o = calls["cp_gdn"][0]()[0]
     for peer, output in (("flash_qla", 2), ("flashinfer", None)):
         names = [f"{name}_ms" for name in calls if name.startswith(peer)]
         times = [row[name] for name in names if name in row]
         if times:
             theirs = calls[names[0].removesuffix("_ms")][0]()
             theirs = theirs[None] if output is None else theirs[output]
-            row[f"difference_from_{peer}"] = distance(ours, theirs)
+            row[f"difference_from_{peer}"] = distance(o, theirs)
             row[f"ratio_to_{peer}"] = row["cp_gdn_ms"] / min(times)
     flops = case.tokens * case.shape[2] * (8 + 2 / case.ratio) * 2**20 / 64
     volume = case.tokens * case.shape[2] * (520 + 512 / case.ratio)

@@ -15,11 +15,11 @@ from cp_gdn.kernels.forward import chunk_gdn_forward, open_forward
 from .timing import Case, Options, peak, run, time_peers
 
 
-def steps(x, do, packed, keep):
+def steps(x, do, packing, keep):
     """The second forward with the backward, and all of it."""
 
     def forward(**how):
-        return chunk_gdn_forward(*x, cu_seqlens=packed, keys_normalized=True, **how)
+        return chunk_gdn_forward(*x, **packing, keys_normalized=True, **how)
 
     def again():
         o, _, saved = forward(keep_states=keep)
@@ -32,18 +32,18 @@ def steps(x, do, packed, keep):
 
 
 def measure(case: Case) -> dict[str, Any]:
-    row, packed = case.row(), None if case.documents == 1 else case.offsets
+    row, packing = case.row(), case.packing
     calls: dict[str, list] = {"replay": [], "keep": []}
     for seed in range(case.options.sets):
         x = case.draw(seed)
         do = torch.randn_like(x[2])
         for name, each in calls.items():
-            again, step = steps(x, do, packed, name == "keep")
+            again, step = steps(x, do, packing, name == "keep")
             each.append(step)
             if seed == 0:
                 again()
                 row[f"{name}_peak_gib"] = peak(again)
-    row["keeping_pays"] = keeping_pays(open_forward(*x[1:], cu_seqlens=packed))
+    row["keeping_pays"] = keeping_pays(open_forward(*x[1:], **packing))
     time_peers(row, calls, case.options.replays)
     row["ratio_to_replay"] = row["keep_ms"] / row["replay_ms"]
     return row

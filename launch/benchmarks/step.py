@@ -10,9 +10,9 @@ from cp_gdn.kernels.forward import chunk_gdn_forward
 from .timing import SCALE, Case, Options, peak, run, time_peers
 
 
-def ours(x, do, packed):
+def ours(x, do, packing):
     def step():
-        o, _, saved = chunk_gdn_forward(*x, cu_seqlens=packed, keys_normalized=True)
+        o, _, saved = chunk_gdn_forward(*x, **packing, keys_normalized=True)
         return o, chunk_gdn_backward(*x, saved, do, keys_normalized=True)
 
     return step
@@ -50,13 +50,12 @@ def fla(x, do, offsets):
 
 def measure(case: Case) -> dict[str, Any]:
     row, offsets = case.row(), case.offsets
-    packed = None if case.documents == 1 else offsets
     peers = {"flash_qla": flash_qla, "fla": fla}
     calls: dict[str, list] = {name: [] for name in ("cp_gdn", *case.options.peers)}
     for seed in range(case.options.sets):
         x = case.draw(seed)
         do = torch.randn_like(x[2])
-        calls["cp_gdn"].append(ours(x, do, packed))
+        calls["cp_gdn"].append(ours(x, do, case.packing))
         for name in case.options.peers:
             calls[name].append(peers[name](x, do, offsets))
     for name, each in calls.items():

@@ -67,6 +67,18 @@ class Case:
         sizes = lengths(self.tokens, self.documents)
         return torch.tensor([0, *sizes]).cumsum(0).to("cuda", torch.int32)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(lengths(self.tokens, self.documents))
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """Arguments of our forward: offsets on the device, and what the operator finds in those on the host."""
+        if self.documents == 1:
+            return {}
+        return {"cu_seqlens": self.offsets, "max_seqlen": self.longest}
+
     def row(self) -> dict[str, Any]:
         return {
             "T": self.shape[0], "Hk": self.shape[1], "Hv": self.shape[2],

@@ -70,7 +70,7 @@ def test_a_checkpointed_step_runs_its_forward_twice(timing, monkeypatch, keep):
 
     monkeypatch.setattr(recompute, "chunk_gdn_forward", forward)
     monkeypatch.setattr(recompute, "chunk_gdn_backward", lambda *given, **how: given[-2:])
-    _, step = recompute.steps(5 * [None], "do", None, keep)
+    _, step = recompute.steps(5 * [None], "do", {}, keep)
     assert step() == ("o", ("o", ("saved by forward 2", "do")))
     assert seen == [False, keep]
 
