@@ -33,8 +33,8 @@ class CPContext:
 
     Tokens are counted per row; with more than one row (B > 1) every row is one document. Host fields are
     tuples of ints;
-    ``position_ids`` [T_local] (int64, the position within the document) and ``local_offsets`` [pieces + 1] (int32, the
-    pieces of this shard) lie on ``device``.
+    ``position_ids`` [T_local] (int64, the position within the document), ``local_offsets`` [pieces + 1] (int32, the
+    pieces of this shard) and ``local_order`` [pieces] (int32, the longest first) lie on ``device``.
     """
 
     group: comm.Group | None
@@ -48,6 +48,7 @@ class CPContext:
     pieces: tuple[Piece, ...]
     position_ids: Tensor
     local_offsets: Tensor
+    local_order: Tensor
     _layouts: dict[tuple[int, torch.device], ChunkLayout] = field(default_factory=dict, repr=False)
     # kinds of calls (shapes, dtypes, options) that were found to fit, and what they need: of the operators
     calls: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -204,6 +205,7 @@ def build_cp_context(
     sizes = torch.tensor([p.end - p.start for p in pieces])
     starts = torch.tensor([p.doc_start for p in pieces]).repeat_interleave(sizes)
     positions = torch.arange(bounds[rank], bounds[rank + 1]) - starts
+    order = sizes.argsort(descending=True, stable=True)
     context = CPContext(
         group=group,
         rank=rank,
@@ -216,6 +218,7 @@ def build_cp_context(
         pieces=pieces,
         position_ids=positions.to(device),
         local_offsets=torch.tensor([0, *(p.end for p in pieces)], dtype=torch.int32, device=device),
+        local_order=order.to(device, torch.int32),
     )
     context.layout(1, device)
     comm.warm_up(group)

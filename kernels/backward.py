@@ -141,7 +141,7 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
         return
     x.asked = True
     if not x.layout.beside:
-        x.pairs.zero_()
+        x.lists.zero_()
         if x.saved.entering is None and not x.layout.in_blocks:  # else block by block
             replay_states(x)
         return
@@ -151,7 +151,7 @@ def replay(opened: OpenBackward, *, at_once: bool = False) -> None:
     torch.cuda.set_stream(beside)
     try:
         # a dS chain that is launched beside it gets its multiprocessors first
-        x.pairs.zero_()
+        x.lists.zero_()
         replay_states(x)
         x.replayed = record(beside)
     finally:

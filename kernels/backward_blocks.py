@@ -15,7 +15,7 @@ from .common import (
     DOC,
     PART,
     find_document,
-    find_segment,
+    find_sequence,
 )
 from .summary import LOG2_NEGLIGIBLE
 
@@ -31,6 +31,7 @@ class Spot(NamedTuple):
     width: Any
     first: Any
     segment: Any
+    ordered: Any
     truncate: Any
     open_left: Any
     NO: Any  # chunk slots of the block
@@ -68,7 +69,7 @@ def walks(*, store, heads):
     @T.macro
     def find_walk(given, part, spot):
         """A segment, what of it to walk, and whether the state behind it counts."""
-        find_segment(given.cu, part, spot.segment, spot.N1 - 1, spot.at)
+        find_sequence(given.cu, given.order, spot.ordered, part, spot.segment, spot.N1 - 1, spot.at)
         spot.walk[FIRST] = 0
         spot.walk[CHUNKS] = spot.at[COUNT]
         spot.walk[COUNTS] = 1

@@ -16,6 +16,7 @@ from .common import CHUNK, cuts, slots
 from .inputs import DTYPES, KEY_DIM, flat
 from .launch import KEPT, current_stream, multiprocessors, ready, record
 from .opened import OpenForward, Saved
+from .plan import takes_turns
 
 # Value heads (times rows of a batch) from which dS chains of whole sequences fill the GPU.
 MANY_CHAINS = 64
@@ -67,6 +68,7 @@ class Layout:
     blocks: int  # of these, those that are not a document's last, at most
     segment: int  # chunks a segment of the dS chain
     segments: int  # slots of the forward's segments
+    persistent: bool  # the replay takes them in turn
     halves: int  # of the dS chain: blocks of 64 columns of a value head a CTA
     ratio: int  # value heads of a key head
     replay_halves: int  # the replay's
@@ -156,6 +158,7 @@ def _lay_out(q, v, g, beta, saved, normalize, cut, at_once) -> Layout:
         blocks=cuts(tokens, saved.plan.summarised * CHUNK),
         segment=segment,
         segments=slots(tokens, documents, saved.plan.segment * CHUNK),
+        persistent=takes_turns(tokens, documents),
         halves=halves_of(chains, processors),
         ratio=heads // q.shape[2],
         replay_halves=saved.plan.halves,
@@ -200,6 +203,8 @@ class OpenBackward:
     truncate: bool
     entering: torch.Tensor  # [NC or block, Hv, V, K], the state that enters each chunk: replay's
     vd: torch.Tensor  # [NC or block, Hv, 64, V]
+    lists: torch.Tensor  # of int32, to be zeroed: the next two
+    tickets: torch.Tensor  # [1], of the replay: tickets.py
     pairs: torch.Tensor  # [blocks, 1 + pairs] int32: how many hold a beta of nearly zero, which
     stream: torch.cuda.Stream  # the caller's
     begun: torch.cuda.Event | None  # when the inputs were there, for a replay beside
@@ -222,12 +227,14 @@ def hold(
     entering, vd = saved.entering, saved.vd
     if entering is None:
         entering, vd = q.new_empty(layout.entering), q.new_empty(layout.vd)
-    pairs = saved.cu_seqlens.new_empty(layout.pairs)
+    blocks, each = layout.pairs
+    lists = saved.cu_seqlens.new_empty(1 + blocks * each)
+    pairs = lists[1:].view(blocks, each)
     stream = current_stream(q.device)
     return OpenBackward(
         layout, q, k, v, flat(do), beta, saved, dfinal, initial,
         KEY_DIM**-0.5 if scale is None else scale, normalize, left, right, normalize or normalized,
-        entering, vd, pairs, stream, record(stream) if layout.beside else None,
+        entering, vd, lists, lists[:1], pairs, stream, record(stream) if layout.beside else None,
     )  # fmt: skip
 
 

@@ -33,10 +33,10 @@ from .common import (
     TARGET,
     accumulator_layout,
     boundary,
-    find_segment,
     load_transposed,
     transposed_layout,
 )
+from .tickets import HEAD, TICKETS, TILE, follow, leave_place, loaded_all, open_line, take_all
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -47,6 +47,7 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     N0, NR, NO = T.dynamic("N0"), T.dynamic("NR"), T.dynamic("NO")
+    NG = T.dynamic("NG")
 
     @T.macro
     def send_rows(os_, vd, slot, h, column, w):
@@ -61,17 +62,22 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
         rnorm: T.Tensor((NR, Hk, C), f32),
         beta: T.Tensor((L, Hv), beta_dtype),
         cu: T.Tensor((N1,), i32),
+        order: T.Tensor((NG,), i32),
         initial: T.Tensor((N0, Hv, K, V), f32),
         states: T.Tensor((NS, Hv, K, V), f32),
         entering: T.Tensor((NO, Hv, V, K), dtype),
         vd: T.Tensor((NO, Hv, C, V), dtype),
+        tickets: T.Tensor((1,), i32),
         width: T.int32,
         first: T.int32,
         segment: T.int32,
+        ordered: T.int32,
         initials: T.int32,
+        ctas: T.int32,
     ):
-        with T.Kernel(V // BV, Hv, width, threads=workers + 128) as (tile, h, at_segment):
-            T.import_source(SOURCE)
+        with T.Kernel(ctas, threads=workers + 128) as cta:
+            T.import_source(SOURCE + TICKETS)
+            items = V // BV * Hv * width
             ks = T.alloc_shared((stages, C, K), dtype)
             as_ = T.alloc_shared((stages, C, C), dtype)
             xs = T.alloc_shared((stages * halves * C, HALF), dtype)
@@ -108,138 +114,163 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
             scaled = T.alloc_barrier([64] * stages)
             empty = T.alloc_barrier([workers] * stages)
             tx = T.get_thread_binding()
-            at = T.alloc_local((7,), i32)
-            z = first + at_segment
-            find_segment(cu, z, segment, N1 - 1, at)
-            n = at[COUNT]
-            row = at[ROW]
-            slot = at[CHUNK_SLOT]
-            kept = slot - first * segment  # of one document
+            at = T.alloc_local((9,), i32)
+            done = T.alloc_local((1,), i32)  # chunks so far
+            done[0] = 0
+            line = open_line(done, 4 * halves + 3)
 
             if tx < workers:
-                T.set_max_nreg(232, 1)
-                T.clear(S)
-                if at[PART] > 0:
-                    if n > 0:
-                        for x, y in T.Parallel(BV, K):
-                            S[x, y] = states[boundary(at, segment) - 1, h, y, tile * BV + x]
-                else:
-                    if at[DOC] < initials:
-                        for x, y in T.Parallel(BV, K):
-                            S[x, y] = initial[at[DOC], h, y, tile * BV + x]
-                for c in T.serial(n):
-                    s = c % stages
-                    T.mbarrier_wait_parity(full[s], (c // stages) % 2)
-                    decay = T.exp2(gs[s, C - 1])
-                    T.copy(S, Sb)
-                    T.copy(S, Sf)
-                    for x, y in T.Parallel(BV, K):
-                        S[x, y] *= decay
-                    T.wgmma_gemm(
-                        Sb,
-                        ks[s, :, :],
-                        U,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    load_transposed(xs, (s * halves + tx // 128) * C, Xf, tx)
-                    T.tma_store_wait()
-                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    stage_state(Sf, ss, tx)
-                    if c > 0:
-                        stage_rows(Of, os_, tx)
-                    T.call_extern("handle", "gdn::fence_shared")
-                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    if tx < 128:
-                        send_state(ss, entering, kept + c, h, tile * BV, 0)
-                        if c > 0:
-                            send_rows(os_, vd, kept + c - 1, h, tile * BV, 0)
+                T.set_max_nreg(224, 1)
+                follow(line, at)
+                while at[COUNT] >= 0:
+                    n = at[COUNT]
+                    h, column = at[HEAD], at[TILE] * BV
+                    kept = at[CHUNK_SLOT] - first * segment  # of one document
+                    T.clear(S)
+                    if at[PART] > 0:
+                        if n > 0:
+                            for x, y in T.Parallel(BV, K):
+                                S[x, y] = states[boundary(at, segment) - 1, h, y, column + x]
                     else:
-                        send_state(
-                            ss, entering, kept + c, h, tile * BV + (halves - 1) * HALF, halves - 1
-                        )
-                        if c > 0:
-                            send_rows(
-                                os_,
-                                vd,
-                                kept + c - 1,
-                                h,
-                                tile * BV + (halves - 1) * HALF,
-                                halves - 1,
-                            )
-                    T.mbarrier_wait_parity(scaled[s], (c // stages) % 2)
-                    for x, y in T.Parallel(BV, C):
-                        E[x, y] = ein[s, y]
-                    T.wait_wgmma(0)
-                    for x, y in T.Parallel(BV, C):
-                        Ub[x, y] = Xf[y, x] - U[x, y] * E[x, y]
-                    T.wgmma_gemm(
-                        Ub,
-                        as_[s, :, :],
-                        W,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    for x, y in T.Parallel(BV, C):
-                        F[x, y] = eout[s, y]
-                    T.wait_wgmma(0)
-                    for x, y in T.Parallel(BV, C):
-                        W[x, y] += Ub[x, y] * lost[s, y]
-                    for x, y in T.Parallel(BV, C):
-                        Wd[x, y] = W[x, y] * F[x, y]
-                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
-                    for x, y in T.Parallel(BV, C):
-                        Of[y, x] = W[x, y]
-                    T.wait_wgmma(0)
-                    T.mbarrier_arrive(empty[s])
-                if n > 0:
-                    T.tma_store_wait()
-                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    stage_rows(Of, os_, tx)
-                    T.call_extern("handle", "gdn::fence_shared")
-                    T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                    if tx < 128:
-                        send_rows(os_, vd, kept + n - 1, h, tile * BV, 0)
-                    else:
-                        send_rows(
-                            os_, vd, kept + n - 1, h, tile * BV + (halves - 1) * HALF, halves - 1
-                        )
-                    T.tma_store_wait()
-            else:
-                T.set_max_nreg(40, 0)
-                if tx < workers + 32:
-                    hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
-                    for c in T.serial(n):
+                        if at[DOC] < initials:
+                            for x, y in T.Parallel(BV, K):
+                                S[x, y] = initial[at[DOC], h, y, column + x]
+                    for i in T.serial(n):
+                        c = done[0] + i
                         s = c % stages
-                        r0 = row + c * C
-                        T.mbarrier_wait_parity(empty[s], (c // stages) % 2 ^ 1)
-                        T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
-                        T.tma_copy(gate[slot + c, h, :], gs[s, :], barrier=full[s])
-                        if normalize:
-                            T.tma_copy(rnorm[slot + c, hk, :], rs[s, :], barrier=full[s])
-                        for half in range(halves):
-                            T.tma_copy(
-                                v[
-                                    r0 : r0 + C,
-                                    h,
-                                    tile * BV + half * HALF : tile * BV + half * HALF + HALF,
-                                ],
-                                xs[(s * halves + half) * C : (s * halves + half + 1) * C, :],
-                                barrier=full[s],
+                        T.mbarrier_wait_parity(full[s], (c // stages) % 2)
+                        decay = T.exp2(gs[s, C - 1])
+                        T.copy(S, Sb)
+                        T.copy(S, Sf)
+                        for x, y in T.Parallel(BV, K):
+                            S[x, y] *= decay
+                        T.wgmma_gemm(
+                            Sb,
+                            ks[s, :, :],
+                            U,
+                            transpose_B=True,
+                            clear_accum=True,
+                            policy=T.GemmWarpPolicy.FullRow,
+                        )
+                        load_transposed(xs, (s * halves + tx // 128) * C, Xf, tx)
+                        T.tma_store_wait()
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                        stage_state(Sf, ss, tx)
+                        if i > 0:
+                            stage_rows(Of, os_, tx)
+                        T.call_extern("handle", "gdn::fence_shared")
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                        if tx < 128:
+                            send_state(ss, entering, kept + i, h, column, 0)
+                            if i > 0:
+                                send_rows(os_, vd, kept + i - 1, h, column, 0)
+                        else:
+                            send_state(
+                                ss, entering, kept + i, h, column + (halves - 1) * HALF, halves - 1
                             )
-                        T.tma_copy(a[slot + c, h, :, :], as_[s, :, :], barrier=full[s])
-                        T.mbarrier_arrive(full[s])
+                            if i > 0:
+                                send_rows(
+                                    os_,
+                                    vd,
+                                    kept + i - 1,
+                                    h,
+                                    column + (halves - 1) * HALF,
+                                    halves - 1,
+                                )
+                        T.mbarrier_wait_parity(scaled[s], (c // stages) % 2)
+                        for x, y in T.Parallel(BV, C):
+                            E[x, y] = ein[s, y]
+                        T.wait_wgmma(0)
+                        for x, y in T.Parallel(BV, C):
+                            Ub[x, y] = Xf[y, x] - U[x, y] * E[x, y]
+                        T.wgmma_gemm(
+                            Ub,
+                            as_[s, :, :],
+                            W,
+                            transpose_B=True,
+                            clear_accum=True,
+                            policy=T.GemmWarpPolicy.FullRow,
+                        )
+                        for x, y in T.Parallel(BV, C):
+                            F[x, y] = eout[s, y]
+                        T.wait_wgmma(0)
+                        for x, y in T.Parallel(BV, C):
+                            W[x, y] += Ub[x, y] * lost[s, y]
+                        for x, y in T.Parallel(BV, C):
+                            Wd[x, y] = W[x, y] * F[x, y]
+                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                        for x, y in T.Parallel(BV, C):
+                            Of[y, x] = W[x, y]
+                        T.wait_wgmma(0)
+                        T.mbarrier_arrive(empty[s])
+                    if n > 0:
+                        T.tma_store_wait()
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                        stage_rows(Of, os_, tx)
+                        T.call_extern("handle", "gdn::fence_shared")
+                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                        if tx < 128:
+                            send_rows(os_, vd, kept + n - 1, h, column, 0)
+                        else:
+                            send_rows(
+                                os_, vd, kept + n - 1, h, column + (halves - 1) * HALF, halves - 1
+                            )
+                    done[0] += n
+                    leave_place(line, tx)
+                    follow(line, at)
+                T.tma_store_wait()
+            else:
+                T.set_max_nreg(56, 0)
+                if tx < workers + 32:
+                    follow(line, at)
+                    while at[COUNT] >= 0:
+                        h = at[HEAD]
+                        hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
+                        column = at[TILE] * BV
+                        while at[COUNT] > 0:
+                            s = done[0] % stages
+                            r0 = at[ROW]
+                            slot = at[CHUNK_SLOT]
+                            T.mbarrier_wait_parity(empty[s], (done[0] // stages) % 2 ^ 1)
+                            T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
+                            T.tma_copy(gate[slot, h, :], gs[s, :], barrier=full[s])
+                            if normalize:
+                                T.tma_copy(rnorm[slot, hk, :], rs[s, :], barrier=full[s])
+                            for half in range(halves):
+                                T.tma_copy(
+                                    v[
+                                        r0 : r0 + C,
+                                        h,
+                                        column + half * HALF : column + half * HALF + HALF,
+                                    ],
+                                    xs[(s * halves + half) * C : (s * halves + half + 1) * C, :],
+                                    barrier=full[s],
+                                )
+                            T.tma_copy(a[slot, h, :, :], as_[s, :, :], barrier=full[s])
+                            T.mbarrier_arrive(full[s])
+                            done[0] += 1
+                            at[COUNT] -= 1
+                            at[ROW] += C
+                            at[CHUNK_SLOT] += 1
+                        loaded_all(line, tx)
+                        leave_place(line, tx)
+                        follow(line, at)
+                elif tx < workers + 64:
+                    take_all(
+                        line, cu, order, ordered, tickets, first, segment, N1 - 1, cta, ctas, items,
+                        V // BV, Hv, at, tx % 32,
+                    )  # fmt: skip
                 else:
-                    if tx >= workers + 64:
-                        t = tx - workers - 64
-                        b = T.alloc_local((1,), f32)
-                        for c in T.serial(n):
+                    t = tx - workers - 64
+                    b = T.alloc_local((1,), f32)
+                    follow(line, at)
+                    while at[COUNT] >= 0:
+                        for i in T.serial(at[COUNT]):
+                            c = done[0] + i
                             s = c % stages
                             b[0] = 0.0
-                            if row + c * C + t < at[END]:
-                                b[0] = T.cast(beta[row + c * C + t, h], f32)
+                            if at[ROW] + i * C + t < at[END]:
+                                b[0] = T.cast(beta[at[ROW] + i * C + t, at[HEAD]], f32)
                             T.mbarrier_wait_parity(full[s], (c // stages) % 2)
                             G = gs[s, t]
                             lost[s, t] = b[0] - T.cast(as_[s, t, t], f32)
@@ -250,5 +281,8 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                                 ein[s, t] = T.exp2(G)
                                 eout[s, t] = T.exp2(gs[s, C - 1] - G)
                             T.mbarrier_arrive(scaled[s])
+                        done[0] += at[COUNT]
+                        leave_place(line, tx)
+                        follow(line, at)
 
     return main

@@ -54,7 +54,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("parts")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     ND, NF, NR, NO = T.dynamic("ND"), T.dynamic("NF"), T.dynamic("NR"), T.dynamic("chunks")
-    NB, NQ = T.dynamic("NB"), T.dynamic("NQ")
+    NB, NQ, NG = T.dynamic("NB"), T.dynamic("NQ"), T.dynamic("NG")
     find_block, find_walk = walks(store=store, heads=Hv)
     make_pairs, load, send = supplier(halves, stages, store, normalize, key_heads=Hk, heads=Hv)
 
@@ -74,6 +74,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
         qnorm: T.Tensor((NQ, Hk, C), f32),
         beta: T.Tensor((L, Hv), beta_dtype),
         cu: T.Tensor((N1,), i32),
+        order: T.Tensor((NG,), i32),
         dstates: T.Tensor((NS, Hv, K, V), f32),
         dfinal: T.Tensor((NF, Hv, K, V), f32),
         dinitial: T.Tensor((ND, Hv, K, V), f32),
@@ -85,6 +86,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
         first: T.int32,
         into: T.int32,
         segment: T.int32,
+        ordered: T.int32,
         blocks: T.int32,
         initials: T.int32,
         finals: T.int32,
@@ -152,7 +154,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
             decay = T.alloc_local((1,), f32)
             span = T.alloc_local((2,), i32)  # segments of the block
 
-            given = Given(q, k, do, a, gate, rnorm, qnorm, beta, cu)
+            given = Given(q, k, do, a, gate, rnorm, qnorm, beta, cu, order)
             room = Room(ks, qs, as_, xs, ps, gs, bs, ein, eout, eq, lost, P, Pb, D)
             if normalize:
                 room = room._replace(rs=rs, qn=qn)
@@ -161,7 +163,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                 ring = ring._replace(staged=staged, stored=stored)
             held = Held(S, Sb, Sf, U, Ub, W, Wd, Xf, Xa, Xb, Of, decay, *factors)
             out = Out(dleaving, dv)
-            spot = Spot(tile, h, z, width, first, segment, truncate, open_left, NO, N1, at,
+            spot = Spot(tile, h, z, width, first, segment, ordered, truncate, open_left, NO, N1, at,
                         walk, done, span)  # fmt: skip
 
             if tx < workers:

@@ -28,6 +28,7 @@ class Given(NamedTuple):
     qnorm: Any
     beta: Any
     cu: Any
+    order: Any
 
 
 class Room(NamedTuple):

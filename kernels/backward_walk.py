@@ -12,6 +12,7 @@ import torch
 
 from .backward_opened import OpenBackward, Walk, halves_of
 from .backward_replay import replay
+from .common import CHUNK
 from .inputs import KEY_DIM
 from .launch import ready, wait
 from .reverse_scan import reverse_scan
@@ -32,12 +33,13 @@ def _reverse(
     store=True, initials=0,
 ) -> None:  # fmt: skip
     x, saved = opened, opened.saved
+    order, ordered = saved.ordering
+    dfinal, finals = (dstates, 0) if dfinal is None else (dfinal, dfinal.shape[0])
     kernel = x.layout.reverse if store else x.layout.summary
     kernel(
-        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, saved.qnorm, x.beta, saved.cu_seqlens,
-        dstates, dstates if dfinal is None else dfinal, dinitial, carried, dleaving, dv, x.scale, width,
-        first, into, segment, x.layout.blocks, initials, 0 if dfinal is None else dfinal.shape[0],
-        int(x.truncate and not store), x.open_left,
+        x.q, x.k, x.do, saved.a, saved.gate, saved.rnorm, saved.qnorm, x.beta, saved.cu_seqlens, order,
+        dstates, dfinal, dinitial, carried, dleaving, dv, x.scale, width, first, into, segment, ordered,
+        x.layout.blocks, initials, finals, int(x.truncate and not store), x.open_left,
     )  # fmt: skip
 
 
@@ -52,16 +54,22 @@ def scan(opened, incoming, dstates, total, *, entering) -> None:
 
 def replay_states(x: OpenBackward, first: int = 0, count: int | None = None) -> None:
     """All of it, or of one sequence the segments that begin in a block."""
-    saved, segment = x.saved, x.saved.plan.segment
-    width, kernel = x.layout.segments, x.layout.replay
-    if count is not None and count < x.layout.chunks:
+    saved, layout, segment = x.saved, x.layout, x.saved.plan.segment
+    width, halves, kernel = layout.segments, layout.replay_halves, layout.replay
+    block = count is not None and count < layout.chunks
+    if block:
         width = ceil(count / segment)
-        halves = halves_of(width * x.v.shape[1], x.layout.processors)
-        kernel = ready(replay, halves=halves, **x.layout.kind)
+        halves = halves_of(width * x.v.shape[1], layout.processors)
+        kernel = ready(replay, halves=halves, **layout.kind)
+    ctas = width * x.v.shape[1] * KEY_DIM // (CHUNK * halves)
+    if layout.persistent:
+        ctas = min(ctas, layout.processors)
+    order, ordered = saved.ordering
+    initial, initials = (saved.states, 0) if x.initial is None else (x.initial, x.initial.shape[0])
     kernel(
-        x.k, x.v, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens,
-        saved.states if x.initial is None else x.initial, saved.states, x.entering, x.vd, width,
-        first // segment, segment, 0 if x.initial is None else x.initial.shape[0],
+        x.k, x.v, saved.a, saved.gate, saved.rnorm, x.beta, saved.cu_seqlens, order, initial,
+        saved.states, x.entering, x.vd, x.tickets, width, first // segment, segment, ordered, initials,
+        ctas,
     )  # fmt: skip
 
 

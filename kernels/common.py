@@ -178,6 +178,17 @@ def find_segment(cu, slot, segment, documents, at):
 
 
 @T.macro
+def find_sequence(cu, order, ordered, slot, segment, documents, at):
+    """The same; if `ordered`, segments are whole documents, in that order."""
+    if ordered != 0:
+        at[DOC] = order[slot]
+        at[PART] = 0
+        place_segment(cu[at[DOC]], cu[at[DOC] + 1], segment, at)
+    else:
+        find_segment(cu, slot, segment, documents, at)
+
+
+@T.macro
 def place_segment(begin, end, segment, at):
     """The rest of `at` for segment PART of document DOC, tokens `begin` to `end` - 1."""
     chunks = T.truncdiv(end - begin + CHUNK - 1, CHUNK)

@@ -63,6 +63,7 @@ def open_forward(
     keys_normalized: bool = False,
     summarise: bool = True,
     max_seqlen: int | None = None,
+    order: torch.Tensor | None = None,
     plan: Plan | None = None,
     layout: Layout | None = None,
 ) -> OpenForward:
@@ -88,7 +89,8 @@ def open_forward(
     a = k.new_empty(layout.a)
     gate = k.new_empty(layout.gate, dtype=torch.float32)
     rnorm = gate.new_empty(layout.rnorm)
-    layout.prepare(x.k, x.g, x.beta, x.cu, a, gate, rnorm)
+    tickets = x.cu.new_empty(1)
+    layout.prepare(x.k, x.g, x.beta, x.cu, a, gate, rnorm, tickets)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     external = states = gate.new_empty(layout.states)
@@ -105,9 +107,12 @@ def open_forward(
     if not layout.keeps_maps:
         kept = maps.new_empty(1, *maps.shape[1:]), live.new_empty(1, *live.shape[1:])
     qnorm = torch.empty_like(rnorm)
-    saved = Saved(a, gate, rnorm, qnorm, states, x.cu, *kept, None, None, layout.plan)
+    order = order if layout.whole else None
+    saved = Saved(a, gate, rnorm, qnorm, states, x.cu, order, *kept, None, None, layout.plan)
     pending = layout.documents if layout.plan.split else 0
-    return OpenForward(x, v.shape, initial_state, layout, saved, external, maps, live, pending)
+    return OpenForward(
+        x, v.shape, initial_state, layout, saved, external, maps, live, tickets, pending
+    )
 
 
 def leaving_summary(
@@ -214,19 +219,26 @@ def close_forward(
 def _main(
     opened, q, x, saved, initial, incoming, states, o, final, scale, segments
 ) -> None:  # fmt: skip
+    order, ordered = saved.ordering
     inputs = q, x.k, x.v, saved.a, saved.gate, saved.rnorm, saved.qnorm
     made = (
-        x.cu, states if initial is None else initial, states if incoming is None else incoming,
+        x.cu, order, states if initial is None else initial, states if incoming is None else incoming,
         states, o, states if final is None else final,
     )  # fmt: skip
     sizes = (
-        scale, saved.plan.segment, segments, int(initial is not None), int(final is not None),
+        scale, saved.plan.segment, segments, ordered, int(initial is not None), int(final is not None),
         0 if incoming is None else opened.layout.open_left,
     )  # fmt: skip
-    if saved.entering is None:
-        opened.layout.recurrence(*inputs, *made, *sizes)
+    layout = opened.layout
+    if saved.entering is not None:
+        layout.recurrence_kept(*inputs, x.beta, *made, saved.entering, saved.vd, *sizes)
+    elif layout.persistent:
+        items = segments * opened.shape[-2] * opened.shape[-1] // (2 * CHUNK)
+        layout.recurrence(*inputs, *made, opened.tickets, *sizes, min(items, layout.processors))
+    elif layout.plan.halves == 2:
+        layout.recurrence(*inputs, *made, *sizes, 0)
     else:
-        opened.layout.recurrence_kept(*inputs, x.beta, *made, saved.entering, saved.vd, *sizes)
+        layout.recurrence(*inputs, *made, *sizes)
 
 
 def _one_after_another(opened, q, incoming, o, final, scale, length) -> None:
@@ -265,6 +277,7 @@ def chunk_gdn_forward(
     keys_normalized: bool = False,
     keep_states: bool = False,
     max_seqlen: int | None = None,
+    order: torch.Tensor | None = None,
     plan: Plan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Saved]:
     """Gated delta rule of packed or batched sequences (Gated DeltaNet, arXiv:2412.06464).
@@ -279,7 +292,8 @@ def chunk_gdn_forward(
             be truncated (summary.py); implied by use_qk_l2norm_in_kernel.
         keep_states: also save what a backward that follows at once would replay, 768 bytes a token
             and value head (recurrence_kept.py). `o` differs by rounding.
-        max_seqlen: tokens of the longest document, or more: where that is not cut, summaries are left out.
+        max_seqlen: tokens of the longest document, or more: if that is short enough none is cut.
+        order: [N] int32 on the device, the documents, longest first: so they are begun then.
         plan: segment lengths, chosen from the shapes if None.
 
     Returns:
@@ -291,7 +305,7 @@ def chunk_gdn_forward(
     opened = open_forward(
         k, v, g, beta, initial_state=initial_state, cu_seqlens=cu_seqlens,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, keys_normalized=keys_normalized,
-        max_seqlen=max_seqlen, plan=plan,
+        max_seqlen=max_seqlen, order=order, plan=plan,
     )  # fmt: skip
     return close_forward(
         opened, q, scale=scale, output_final_state=output_final_state, keep_states=keep_states

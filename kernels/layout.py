@@ -4,14 +4,14 @@ Found at the first of such calls, so that the host of a later one only makes ten
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from .common import CHUNK, cuts, slots
 from .inputs import DTYPES, KEY_DIM, check
 from .launch import KEPT, multiprocessors, ready
-from .plan import Plan, entire_jobs, plan_segments
+from .plan import Plan, entire_jobs, longest_whole, plan_segments, takes_turns
 from .prepare import prepare
 from .qnorm import query_norms
 from .recurrence import recurrence
@@ -27,6 +27,8 @@ class Layout:
     documents: int
     plan: Plan
     segments: int  # slots of the main pass
+    whole: bool  # they are documents
+    persistent: bool  # the main pass takes them in turn
     blocks: int  # summarised segments that are not a document's last, at most
     processors: int  # multiprocessors of the GPU
     normalize: bool
@@ -97,11 +99,15 @@ def _plan(k, v, documents: int, packed: bool) -> Plan:
 
 
 def _plan_of_whole(k, v, cu_seqlens, max_seqlen: int) -> Plan | None:
-    """Packed documents of which none would be cut need neither summaries nor a scan."""
+    """Of packed documents that are better not cut, or None."""
     if cu_seqlens is None or k.ndim != 4 or v.ndim != 4 or cu_seqlens.numel() <= 2:
         return None
-    plan = _plan(k, v, cu_seqlens.numel() - 1, True)
-    return replace(plan, split=False) if max_seqlen <= plan.segment * CHUNK else None
+    tokens, documents = k.shape[1], cu_seqlens.numel() - 1
+    plan = _plan(k, v, documents, True)
+    most = longest_whole(plan, tokens, *v.shape[2:], processors=multiprocessors(k.device))
+    if max_seqlen > most * CHUNK:
+        return None
+    return Plan(tokens // CHUNK + 1, plan.halves, False)
 
 
 def _lay_out(
@@ -124,10 +130,14 @@ def _lay_out(
     known = int(blocks > 0 and left == 0 and documents == 1)
     jobs = value_heads * (2 * (blocks + right) - known)
     dtype = DTYPES[k.dtype]
+    options = {"dtype": dtype, "value_dim": value_dim, "normalize": normalize}
+    persistent = plan.halves == 2 and takes_turns(tokens, documents)
     return Layout(
         documents=documents,
         plan=plan,
         segments=slots(tokens, documents, plan.segment * CHUNK),
+        whole=packed and not plan.split and documents > 1,
+        persistent=persistent,
         blocks=blocks,
         processors=processors,
         normalize=normalize,
@@ -165,10 +175,9 @@ def _lay_out(
             blocks, known, jobs, entire_jobs(jobs, processors),
         ),
         scan=ready(scan) if summarised else None,
-        recurrence=ready(
-            recurrence_alone if plan.halves == 1 else recurrence,
-            dtype=dtype, value_dim=value_dim, normalize=normalize,
-        ),
+        recurrence=ready(recurrence_alone, **options)
+        if plan.halves == 1
+        else ready(recurrence, persistent=persistent, **options),
         kept={
             "dtype": dtype, "beta_dtype": DTYPES[beta.dtype], "value_dim": value_dim,
             "normalize": normalize, "keep": True,

@@ -24,11 +24,17 @@ class Saved(NamedTuple):
     qnorm: torch.Tensor  # the same of the queries, from close_forward on
     states: torch.Tensor  # [NS, Hv, K, V] fp32: the state that leaves each segment but a last one
     cu_seqlens: torch.Tensor  # [N + 1] int32
+    order: torch.Tensor | None  # [N] int32, documents as they are begun, if none is cut
     maps: torch.Tensor  # [NM, Hv, 2, K, K] bf16: M of the summarised segments, high and low half
     live: torch.Tensor  # [NM, Hv] int32: whether its M was written (summary.py)
     entering: torch.Tensor | None  # [NC, Hv, V, K], the state that enters each chunk, and
     vd: torch.Tensor | None  # [NC, Hv, 64, V], with `keep_states`: else the backward replays them
     plan: Plan
+
+    @property
+    def ordering(self) -> tuple[torch.Tensor, int]:
+        """`order` and 1, or a stand-in and 0: kernels' arguments."""
+        return (self.cu_seqlens, 0) if self.order is None else (self.order, 1)
 
     def keeping(self) -> "Saved":
         """With room for what the main pass keeps."""
@@ -66,6 +72,9 @@ class OpenForward:
     external: torch.Tensor  # [NM, Hv, K, V] fp32, S_ext of the summarised segments
     maps: torch.Tensor  # Saved's, or larger ones that the backward does not need
     live: torch.Tensor
+    tickets: (
+        torch.Tensor
+    )  # [1] int32, zero: the next segment of the main pass that no CTA has taken
     pending: int  # so many documents, the first ones, have no states of segments yet
     asked: bool = False  # for what leaves
     q: torch.Tensor | None = None  # [L, Hk, K], once its norms are there

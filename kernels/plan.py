@@ -32,6 +32,8 @@ MANY, STEADY = 32, 512  # heads times sequences; chunks
 FEWEST, SUMMARY = 4, 128  # segments; chunks a segment at most
 # Of a packed batch: documents shorter than this are left whole, a summary's launch costs as much.
 WHOLE = 64  # chunks
+SHORT = 32  # chunks on average, up to which documents are short
+BEYOND = 32  # chunks more than its share that a known document may have
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,21 @@ def plan_segments(
             longest = ceil(longest / WHOLE) * WHOLE
         plan = Plan(longest, plan.halves, True)
     return plan
+
+
+def takes_turns(tokens: int, documents: int) -> bool:
+    """Whether CTAs of chains take one segment after another (tickets.py): where documents are so short that the start
+    and the end of a CTA count. Longer ones run faster in CTAs of their own, 3 % a chunk."""
+    return documents > 1 and tokens <= documents * SHORT * CHUNK
+
+
+def longest_whole(
+    plan: Plan, tokens: int, value_heads: int, value_dim: int, *, processors: int
+) -> int:
+    """Chunks of a packed document that is left whole if lengths are known: its CTAs are the first to run. What its
+    last chunks take beyond a multiprocessor's share is less than summaries of all segments would."""
+    share = ceil(tokens / CHUNK * value_heads * value_dim // 64 / plan.halves / processors)
+    return max(plan.segment, share + BEYOND)
 
 
 def entire_jobs(jobs: int, processors: int) -> int:

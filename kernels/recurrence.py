@@ -26,6 +26,8 @@ L2-normalised queries and keys are never written: 1/|k| and 1/|q| (prepare.py, q
 gate vectors and P.
 """
 
+from typing import Any, NamedTuple
+
 import tilelang
 import tilelang.language as T
 
@@ -40,16 +42,77 @@ from .common import (
     PART,
     ROW,
     TARGET,
-    find_segment,
+    find_sequence,
     load_transposed,
     store_transposed,
     transposed_layout,
 )
 from .recurrence_roles import auxiliary, enter, producer, storer
+from .tickets import (
+    HEAD,
+    TICKETS,
+    TILE,
+    Line,
+    follow,
+    leave_place,
+    loaded_all,
+    look,
+    open_line,
+    take_all,
+)
+
+
+class Given(NamedTuple):
+    """Of a kernel's arguments, those of the chains."""
+
+    incoming: Any
+    initial: Any
+    states: Any
+    o: Any
+    final: Any
+    segment: Any
+    has_initial: Any
+    want_final: Any
+    open_left: Any
+
+
+class Room(NamedTuple):
+    """Shared memory, registers and barriers of the chains."""
+
+    ks: Any
+    qs: Any
+    as_: Any
+    vs: Any
+    ps: Any
+    os_: Any
+    gs: Any
+    ein: Any
+    eout: Any
+    eq: Any
+    es: Any
+    S: Any
+    Sb: Any
+    U: Any
+    Ub: Any
+    W: Any
+    Wd: Any
+    Wb: Any
+    O: Any
+    Ob: Any
+    Vb: Any
+    E: Any
+    F: Any
+    decay: Any
+    full: Any
+    empty: Any
+    ready: Any
+    spent: Any
+    staged: Any
+    stored: Any
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
-def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False):
+def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False, persistent=False):
     C, K, HALF = CHUNK, 128, 64
     ROWS = T.GemmWarpPolicy.FullRow
     halves, stages = 2, 3
@@ -62,7 +125,7 @@ def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False):
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     N0, NT, NR = T.dynamic("N0"), T.dynamic("NT"), T.dynamic("NR")
-    NI, NQ = T.dynamic("NI"), T.dynamic("NQ")
+    NI, NQ, NG = T.dynamic("NI"), T.dynamic("NQ"), T.dynamic("NG")
 
     @T.macro
     def leave(Ob, os_, staged, stored, c, tx):
@@ -85,8 +148,111 @@ def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False):
     def pass_turn(tx):
         T.call_extern("handle", "gdn::pass_turn", tx // 128)
 
+    @T.macro
+    def run_chain(given, room, line, at, begun, tx):
+        """A segment, after `begun` chunks of others."""
+        n = at[COUNT]
+        enter(
+            room.S, given.incoming, given.initial, given.states, at, given.segment, at[HEAD], at[TILE],
+            BV, given.open_left, given.has_initial,
+        )  # fmt: skip
+        if n > 0:
+            T.mbarrier_wait_parity(room.ready[begun % 2], (begun // 2) % 2)
+            if tx >= 128:
+                T.call_extern("handle", "gdn::pass_turn", 1)
+        for i in T.serial(n):
+            c = begun + i
+            s = c % stages
+            b = c % 2
+            room.decay[0] = T.exp2(room.gs[s, C - 1]) if normalize else room.es[b]
+            T.copy(room.S, room.Sb)
+            for x, y in T.Parallel(BV, K):
+                room.S[x, y] *= room.decay[0]
+            wait_turn(tx)
+            T.wgmma_gemm(
+                room.Sb, room.ks[s, :, :], room.U, transpose_B=True, clear_accum=True, policy=ROWS
+            )
+            pass_turn(tx)
+            T.sync_warp()  # else the loads of v, and their wait, part the products
+            load_values(room.vs, room.ein, room.Vb, room.E, s, b, tx)
+            T.wait_wgmma(0)
+            for x, y in T.Parallel(BV, C):
+                room.Ub[x, y] = room.Vb[y, x] - room.U[x, y] * room.E[x, y]
+            wait_turn(tx)
+            T.wgmma_gemm(
+                room.Ub, room.as_[s, :, :], room.W, transpose_B=True, clear_accum=True, policy=ROWS
+            )
+            T.wgmma_gemm(
+                room.Sb, room.qs[s, :, :], room.O, transpose_B=True, clear_accum=True, policy=ROWS
+            )
+            pass_turn(tx)
+            if i > 0:
+                leave(room.Ob, room.os_, room.staged, room.stored, c, tx)
+            for x, y in T.Parallel(BV, C):
+                room.F[x, y] = room.eout[b, y]
+            T.wait_wgmma(1)
+            for x, y in T.Parallel(BV, C):
+                room.Wd[x, y] = room.W[x, y] * room.F[x, y]
+            T.copy(room.W, room.Wb)
+            T.wait_wgmma(0)
+            for x, y in T.Parallel(BV, C):
+                room.O[x, y] *= room.eq[b, y]
+            wait_turn(tx)
+            T.wgmma_gemm(room.Wd, room.ks[s, :, :], room.S, policy=ROWS)
+            T.wgmma_gemm(
+                room.Wb, room.ps[b * C : (b + 1) * C, :], room.O, transpose_B=True, policy=ROWS
+            )
+            if i + 1 < n or tx < 128:
+                pass_turn(tx)
+            if i + 1 < n:
+                T.mbarrier_wait_parity(room.ready[1 - b], ((c + 1) // 2) % 2)
+            T.wait_wgmma(0)
+            T.mbarrier_arrive(room.empty[s])
+            T.mbarrier_arrive(room.spent[b])
+            for x, y in T.Parallel(BV, C):
+                room.Ob[y, x] = room.O[x, y]
+        if persistent:
+            look(line, at)  # again: no registers while chunks last
+        h, tile = at[HEAD], at[TILE]
+        if n > 0:
+            last = at[ROW] + (n - 1) * C
+            T.mbarrier_wait_parity(room.stored[tx // 128], (begun + n) % 2)
+            store_transposed(room.Ob, room.os_, tx // 128 * C, tx)
+            if last + C <= at[END]:
+                T.fence_proxy_async()
+            else:
+                T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
+                for x in T.serial(C // 16):
+                    r = x * 16 + tx % 128 // 8
+                    if last + r < at[END]:
+                        for y in T.vectorized(8):
+                            given.o[
+                                last + r,
+                                h,
+                                tile * BV + tx // 128 * HALF + tx % 8 * 8 + y,
+                            ] = room.os_[tx // 128 * C + r, tx % 8 * 8 + y]
+            T.mbarrier_arrive(room.staged[tx // 128])
+        if given.want_final != 0:
+            if at[PART] == at[LAST]:
+                for x, y in T.Parallel(BV, K):
+                    given.final[at[DOC], h, y, tile * BV + x] = room.S[x, y]
+
+    @T.macro
+    def store_all(o, room, line, half, at, tx):
+        """A branch for each of the warps: TileLang elects one thread of a branch."""
+        if persistent:
+            follow(line, at)
+            while at[COUNT] >= 0:
+                storer(room.os_, o, half, line.done, at, BV, room.staged, room.stored)
+                leave_place(line, tx)
+                follow(line, at)
+        else:
+            storer(room.os_, o, half, line.done, at, BV, room.staged, room.stored)
+
     make_products = auxiliary(stages=stages, normalize=normalize)
     load = producer(stages=stages, halves=halves, normalize=normalize)
+
+    kept = T.Tensor if persistent else lambda *_: False  # TileLang makes no argument of a constant
 
     @T.prim_func
     def main(
@@ -98,20 +264,26 @@ def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False):
         rnorm: T.Tensor((NR, Hk, C), f32),
         qnorm: T.Tensor((NQ, Hk, C), f32),
         cu: T.Tensor((N1,), i32),
+        order: T.Tensor((NG,), i32),
         initial: T.Tensor((N0, Hv, K, value_dim), f32),
         incoming: T.Tensor((NI, Hv, K, value_dim), f32),
         states: T.Tensor((NS, Hv, K, value_dim), f32),
         o: T.Tensor((L, Hv, value_dim), dtype),
         final: T.Tensor((NT, Hv, K, value_dim), f32),
+        tickets: kept((1,), i32),
         scale: T.float32,
         segment: T.int32,
         width: T.int32,
+        ordered: T.int32,
         has_initial: T.int32,
         want_final: T.int32,
         open_left: T.int32,
+        ctas: T.int32,
     ):
-        with T.Kernel(tiles, Hv, width, threads=movers + 128) as (tile, h, slot):
-            T.import_source(MATRIX_COPIES)
+        grid = (ctas, 1, 1) if persistent else (tiles, Hv, width)
+        with T.Kernel(*grid, threads=movers + 128) as (bx, by, bz):
+            T.import_source(MATRIX_COPIES + TICKETS)
+            items = tiles * Hv * width
             ks = T.alloc_shared((stages, C, K), dtype)
             qs = T.alloc_shared((stages, C, K), dtype)
             as_ = T.alloc_shared((stages, C, C), dtype)
@@ -155,110 +327,83 @@ def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False):
             spent = T.alloc_barrier([workers] * 2)
             staged = T.alloc_barrier([128] * halves)
             stored = T.alloc_barrier([32] * halves)
-
             tx = T.get_thread_binding()
-            at = T.alloc_local((7,), i32)
+            at = T.alloc_local((9,), i32)
             decay = T.alloc_local((1,), f32)
-            find_segment(cu, slot, segment, N1 - 1, at)
-            n = at[COUNT]
-            row = at[ROW]
+            done = T.alloc_local((1,), i32)  # chunks so far
+            done[0] = 0
+            line = Line(done)
+            if persistent:
+                line = open_line(done, 4 * halves + 5 + halves)
+            else:
+                find_sequence(cu, order, ordered, bz, segment, N1 - 1, at)
+                at[HEAD] = by
+                at[TILE] = bx
+            given = Given(
+                incoming, initial, states, o, final, segment, has_initial, want_final, open_left
+            )
+            room = Room(ks, qs, as_, vs, ps, os_, gs, ein, eout, eq, es, S, Sb, U, Ub, W, Wd, Wb, O, Ob, Vb,
+                        E, F, decay, full, empty, ready, spent, staged, stored)  # fmt: skip
 
             if tx < workers:
                 T.set_max_nreg(registers[0], 1)
-                enter(
-                    S, incoming, initial, states, at, segment, h, tile, BV, open_left, has_initial
-                )
-                if n > 0:
-                    T.mbarrier_wait_parity(ready[0], 0)
-                    if tx >= 128:
-                        T.call_extern("handle", "gdn::pass_turn", 1)
-                for c in T.serial(n):
-                    s = c % stages
-                    b = c % 2
-                    decay[0] = T.exp2(gs[s, C - 1]) if normalize else es[b]
-                    T.copy(S, Sb)
-                    for x, y in T.Parallel(BV, K):
-                        S[x, y] *= decay[0]
-                    wait_turn(tx)
-                    T.wgmma_gemm(
-                        Sb, ks[s, :, :], U, transpose_B=True, clear_accum=True, policy=ROWS
-                    )
-                    pass_turn(tx)
-                    T.sync_warp()  # else the loads of v, and their wait, part the products
-                    load_values(vs, ein, Vb, E, s, b, tx)
-                    T.wait_wgmma(0)
-                    for x, y in T.Parallel(BV, C):
-                        Ub[x, y] = Vb[y, x] - U[x, y] * E[x, y]
-                    wait_turn(tx)
-                    T.wgmma_gemm(
-                        Ub, as_[s, :, :], W, transpose_B=True, clear_accum=True, policy=ROWS
-                    )
-                    T.wgmma_gemm(
-                        Sb, qs[s, :, :], O, transpose_B=True, clear_accum=True, policy=ROWS
-                    )
-                    pass_turn(tx)
-                    if c > 0:
-                        leave(Ob, os_, staged, stored, c, tx)
-                    for x, y in T.Parallel(BV, C):
-                        F[x, y] = eout[b, y]
-                    T.wait_wgmma(1)
-                    for x, y in T.Parallel(BV, C):
-                        Wd[x, y] = W[x, y] * F[x, y]
-                    T.copy(W, Wb)
-                    T.wait_wgmma(0)
-                    for x, y in T.Parallel(BV, C):
-                        O[x, y] *= eq[b, y]
-                    wait_turn(tx)
-                    T.wgmma_gemm(Wd, ks[s, :, :], S, policy=ROWS)
-                    T.wgmma_gemm(Wb, ps[b * C : (b + 1) * C, :], O, transpose_B=True, policy=ROWS)
-                    if c + 1 < n or tx < 128:
-                        pass_turn(tx)
-                    if c + 1 < n:
-                        T.mbarrier_wait_parity(ready[1 - b], ((c + 1) // 2) % 2)
-                    T.wait_wgmma(0)
-                    T.mbarrier_arrive(empty[s])
-                    T.mbarrier_arrive(spent[b])
-                    for x, y in T.Parallel(BV, C):
-                        Ob[y, x] = O[x, y]
-                if n > 0:
-                    T.mbarrier_wait_parity(stored[tx // 128], n % 2)
-                    store_transposed(Ob, os_, tx // 128 * C, tx)
-                    last = row + (n - 1) * C
-                    if last + C <= at[END]:
-                        T.fence_proxy_async()
-                        T.mbarrier_arrive(staged[tx // 128])
-                    else:
-                        T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
-                        for x in T.serial(C // 16):
-                            r = x * 16 + tx % 128 // 8
-                            if last + r < at[END]:
-                                for y in T.vectorized(8):
-                                    o[
-                                        last + r, h, tile * BV + tx // 128 * HALF + tx % 8 * 8 + y
-                                    ] = os_[tx // 128 * C + r, tx % 8 * 8 + y]
-                if want_final != 0:
-                    if at[PART] == at[LAST]:
-                        for x, y in T.Parallel(BV, K):
-                            final[at[DOC], h, y, tile * BV + x] = S[x, y]
-            else:
-                if tx < movers:
-                    T.set_max_nreg(registers[1], 0)
-                    make_products(
-                        qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, full, empty, ready,
-                        spent, n, tx - workers, scale,
-                    )  # fmt: skip
+                if persistent:
+                    follow(line, at)
+                    while at[COUNT] >= 0:
+                        run_chain(given, room, line, at, done[0], tx)
+                        look(line, at)
+                        done[0] += at[COUNT]
+                        leave_place(line, tx)
+                        follow(line, at)
                 else:
-                    T.set_max_nreg(24, 0)
-                    full_chunks = T.if_then_else(row + n * C <= at[END], n, n - 1)
-                    if tx < movers + 32:
+                    run_chain(given, room, line, at, 0, tx)
+            elif tx < movers:
+                T.set_max_nreg(registers[1], 0)
+                if persistent:
+                    follow(line, at)
+                    while at[COUNT] >= 0:
+                        make_products(
+                            qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, full, empty, ready,
+                            spent, done[0], at[COUNT], tx - workers, scale,
+                        )  # fmt: skip
+                        done[0] += at[COUNT]
+                        leave_place(line, tx)
+                        follow(line, at)
+                else:
+                    make_products(
+                        qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, full, empty, ready, spent, 0,
+                        at[COUNT], tx - workers, scale,
+                    )  # fmt: skip
+            else:
+                T.set_max_nreg(24, 0)
+                if tx < movers + 32:
+                    if persistent:
+                        follow(line, at)
+                        while at[COUNT] >= 0:
+                            h = at[HEAD]
+                            hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
+                            load(
+                                q, k, v, a, gate, rnorm, qnorm, qs, ks, vs, as_, gs, rs, qn, full,
+                                empty, done, at, h, hk, at[TILE] * BV,
+                            )  # fmt: skip
+                            loaded_all(line, tx)
+                            leave_place(line, tx)
+                            follow(line, at)
+                    else:
+                        h = at[HEAD]
                         hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
                         load(
                             q, k, v, a, gate, rnorm, qnorm, qs, ks, vs, as_, gs, rs, qn, full, empty,
-                            n, row, at, h, hk, tile * BV,
+                            done, at, h, hk, at[TILE] * BV,
                         )  # fmt: skip
-                    elif tx < movers + 64:
-                        storer(os_, o, 0, row, full_chunks, h, tile * BV, staged, stored)
-                    elif tx < movers + 96:
-                        storer(os_, o, 1, row, full_chunks, h, tile * BV, staged, stored)
+                elif tx < movers + 64:
+                    store_all(o, room, line, 0, at, tx)
+                elif tx < movers + 96:
+                    store_all(o, room, line, 1, at, tx)
+                elif persistent:
+                    take_all(
+                        line, cu, order, ordered, tickets, 0, segment, N1 - 1, bx, ctas, items, tiles,
+                        Hv, at, tx % 32,
+                    )  # fmt: skip
 
     return main

@@ -33,7 +33,7 @@ from .common import (
     ROW,
     TARGET,
     accumulator_layout,
-    find_segment,
+    find_sequence,
     transposed_layout,
 )
 from .recurrence_addresses import HELD, arrive, put, read_values, wait
@@ -57,7 +57,7 @@ def recurrence_alone(
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
     N0, NT, NR = T.dynamic("N0"), T.dynamic("NT"), T.dynamic("NR")
-    NI, NQ = T.dynamic("NI"), T.dynamic("NQ")
+    NI, NQ, NG = T.dynamic("NI"), T.dynamic("NQ"), T.dynamic("NG")
 
     make_outputs = outputs(stages=STAGES, normalize=normalize, keep=keep)
     load = producer(stages=STAGES, halves=1, normalize=normalize)
@@ -77,6 +77,7 @@ def recurrence_alone(
         qnorm: T.Tensor((NQ, Hk, C), f32),
         beta: kept((L, Hv), beta_dtype),
         cu: T.Tensor((N1,), i32),
+        order: T.Tensor((NG,), i32),
         initial: T.Tensor((N0, Hv, K, value_dim), f32),
         incoming: T.Tensor((NI, Hv, K, value_dim), f32),
         states: T.Tensor((NS, Hv, K, value_dim), f32),
@@ -87,6 +88,7 @@ def recurrence_alone(
         scale: T.float32,
         segment: T.int32,
         width: T.int32,
+        ordered: T.int32,
         has_initial: T.int32,
         want_final: T.int32,
         open_left: T.int32,
@@ -155,7 +157,7 @@ def recurrence_alone(
             tx = T.get_thread_binding()
             at = T.alloc_local((7,), i32)
             decay = T.alloc_local((1,), f32)
-            find_segment(cu, slot, segment, N1 - 1, at)
+            find_sequence(cu, order, ordered, slot, segment, N1 - 1, at)
             n = at[COUNT]
             row = at[ROW]
             full_chunks = T.if_then_else(row + n * C <= at[END], n, n - 1)
@@ -256,9 +258,11 @@ def recurrence_alone(
                 T.set_max_nreg(REGISTERS[2], 0)
                 if tx < 416:
                     hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
+                    loaded = T.alloc_local((1,), i32)
+                    loaded[0] = 0
                     load(
                         q, k, v, a, gate, rnorm, qnorm, qs, ks, vs, as_, gs, rs, qn, full, empty,
-                        n, row, at, h, hk, tile * BV,
+                        loaded, at, h, hk, tile * BV,
                     )  # fmt: skip
                 elif keep:
                     keep_all(

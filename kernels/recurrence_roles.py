@@ -11,7 +11,8 @@ Macros, made for a variant of that kernel; their text is part of its roles' bran
 
 import tilelang.language as T
 
-from .common import CHUNK, CHUNK_SLOT, COUNT, DOC, PART, boundary
+from .common import CHUNK, CHUNK_SLOT, COUNT, DOC, END, PART, ROW, boundary
+from .tickets import HEAD, TILE
 
 C, K, HALF = CHUNK, 128, 64
 
@@ -56,9 +57,10 @@ def auxiliary(*, stages, normalize):
     scale_pairs = pair_scaler(normalize=normalize)
 
     @T.macro
-    def run(qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, full, empty, ready, spent, n, t,
+    def run(qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, full, empty, ready, spent, base, n, t,
             scale):  # fmt: skip
-        for c in T.serial(n):
+        for i in T.serial(n):
+            c = base + i
             s = c % stages
             b = c % 2
             T.mbarrier_wait_parity(full[s], (c // stages) % 2)
@@ -93,22 +95,22 @@ def auxiliary(*, stages, normalize):
 
 
 def producer(*, stages, halves, normalize):
-    """The loop of the warp that loads."""
+    """The loop of the warp that loads: chunks from `at` on, after `done` others."""
 
     @T.macro
-    def run(q, k, v, a, gate, rnorm, qnorm, qs, ks, vs, as_, gs, rs, qn, full, empty, n, row, at, h,
-            hk, column):  # fmt: skip
-        for c in T.serial(n):
-            s = c % stages
-            r0 = row + c * C
-            T.mbarrier_wait_parity(empty[s], (c // stages) % 2 ^ 1)
+    def run(q, k, v, a, gate, rnorm, qnorm, qs, ks, vs, as_, gs, rs, qn, full, empty, done, at, h, hk,
+            column):  # fmt: skip
+        while at[COUNT] > 0:
+            s = done[0] % stages
+            r0 = at[ROW]
+            T.mbarrier_wait_parity(empty[s], (done[0] // stages) % 2 ^ 1)
             if normalize:
-                T.tma_copy(rnorm[at[CHUNK_SLOT] + c, hk, :], rs[s, :], barrier=full[s])
-                T.tma_copy(qnorm[at[CHUNK_SLOT] + c, hk, :], qn[s, :], barrier=full[s])
+                T.tma_copy(rnorm[at[CHUNK_SLOT], hk, :], rs[s, :], barrier=full[s])
+                T.tma_copy(qnorm[at[CHUNK_SLOT], hk, :], qn[s, :], barrier=full[s])
             T.tma_copy(k[r0 : r0 + C, hk, :], ks[s, :, :], barrier=full[s])
             T.tma_copy(q[r0 : r0 + C, hk, :], qs[s, :, :], barrier=full[s])
-            T.tma_copy(gate[at[CHUNK_SLOT] + c, h, :], gs[s, :], barrier=full[s])
-            T.tma_copy(a[at[CHUNK_SLOT] + c, h, :, :], as_[s, :, :], barrier=full[s])
+            T.tma_copy(gate[at[CHUNK_SLOT], h, :], gs[s, :], barrier=full[s])
+            T.tma_copy(a[at[CHUNK_SLOT], h, :, :], as_[s, :, :], barrier=full[s])
             for half in range(halves):
                 T.tma_copy(
                     v[r0 : r0 + C, h, column + half * HALF : column + (half + 1) * HALF],
@@ -116,18 +118,30 @@ def producer(*, stages, halves, normalize):
                     barrier=full[s],
                 )
             T.mbarrier_arrive(full[s])
+            done[0] += 1
+            at[COUNT] -= 1
+            at[ROW] += C
+            at[CHUNK_SLOT] += 1
 
     return run
 
 
 @T.macro
-def storer(os_, o, half, row, chunks, h, column, staged, stored):
-    """The loop of the warp that stores `chunks` chunks of a chain's outputs."""
-    for c in T.serial(chunks):
-        T.mbarrier_wait_parity(staged[half], c % 2)
-        T.tma_copy(
-            os_[half * C : half * C + C, :],
-            o[row + c * C : row + c * C + C, h, column + half * HALF : column + (half + 1) * HALF],
-        )
-        T.tma_store_wait()
+def storer(os_, o, half, done, at, BV, staged, stored):
+    """The loop of the warp that stores a chain's outputs, but a tail, which the chain has stored."""
+    while at[COUNT] > 0:
+        T.mbarrier_wait_parity(staged[half], done[0] % 2)
+        if at[ROW] + C <= at[END]:
+            T.tma_copy(
+                os_[half * C : half * C + C, :],
+                o[
+                    at[ROW] : at[ROW] + C,
+                    at[HEAD],
+                    at[TILE] * BV + half * HALF : at[TILE] * BV + (half + 1) * HALF,
+                ],
+            )
+            T.tma_store_wait()
         T.mbarrier_arrive(stored[half])
+        done[0] += 1
+        at[COUNT] -= 1
+        at[ROW] += C

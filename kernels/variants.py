@@ -115,8 +115,9 @@ def variants(
             {"ratio": ratio, "gate_dtype": gate_dtype, "beta_dtype": beta_dtype, **common},
         )
         yield Variant("summary", common)
-        for kernel in ("recurrence", "recurrence_alone"):
-            yield Variant(kernel, {"value_dim": 128, **common})
+        yield Variant("recurrence_alone", {"value_dim": 128, **common})
+        for persistent in (False, True):
+            yield Variant("recurrence", {"persistent": persistent, "value_dim": 128, **common})
         yield Variant("recurrence_alone", {"value_dim": 128, **chain, "keep": True})
         for halves in (1, 2):
             yield Variant("replay", {"halves": halves, **chain})

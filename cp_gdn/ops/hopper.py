@@ -66,10 +66,12 @@ class HopperRun:
 
     def open(self, h0: Tensor | None, left: int, right: int, *, summarise: bool) -> None:
         q, *inputs = self.inputs
-        offsets = None
+        offsets = order = None
         if q.shape[0] == 1:
-            offsets = self._context.local_offsets
-            offsets = offsets if offsets.device == q.device else offsets.to(q.device)
+            offsets, order = (
+                x if x.device == q.device else x.to(q.device)
+                for x in (self._context.local_offsets, self._context.local_order)
+            )
         self._opened = self._forward.open_forward(
             *inputs,
             initial_state=h0,
@@ -79,6 +81,7 @@ class HopperRun:
             use_qk_l2norm_in_kernel=self._normalize,
             summarise=summarise,
             max_seqlen=None if offsets is None else self._context.longest_piece,
+            order=order,
             layout=self._layouts.get("forward"),
         )
         self._layouts["forward"] = self._opened.layout

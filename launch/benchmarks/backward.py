@@ -44,7 +44,6 @@ def difference(ours, theirs) -> dict[str, float]:
 
 def measure(case: Case) -> dict[str, Any]:
     options, row, offsets = case.options, case.row(), case.offsets
-    packed = None if case.documents == 1 else offsets
     calls: dict[str, list] = {"cp_gdn": []}
     for seed in range(options.sets):
         x = case.draw(seed)

@@ -35,6 +35,7 @@ class Options:
         ]
     )
     packed: list[list[int]] = field(default_factory=lambda: [[32768, 16, 32], [32768, 16, 64]])
+    documents: list[int] = field(default_factory=lambda: [8, -32])  # of packed; skewed if negative
     gates: list[str] = field(default_factory=lambda: ["qwen", "flash_qla", "slow"])
     sets: int = 2
     replays: int = 20
@@ -77,7 +78,9 @@ class Case:
         """Arguments of our forward: offsets on the device, and what the operator finds in those on the host."""
         if self.documents == 1:
             return {}
-        return {"cu_seqlens": self.offsets, "max_seqlen": self.longest}
+        sizes = torch.tensor(lengths(self.tokens, self.documents))
+        order = sizes.argsort(descending=True, stable=True).to("cuda", torch.int32)
+        return {"cu_seqlens": self.offsets, "max_seqlen": self.longest, "order": order}
 
     def row(self) -> dict[str, Any]:
         return {
@@ -229,7 +232,9 @@ def run(arguments: list[str], defaults: Options, measure: Callable[[Case], dict[
     need_gpu()
     work = [Case(shape, 1, gates, options) for shape in options.shapes for gates in options.gates]
     work += [
-        Case(shape, n, options.gates[0], options) for shape in options.packed for n in (8, -32)
+        Case(shape, n, options.gates[0], options)
+        for shape in options.packed
+        for n in options.documents
     ]
     rows: list[dict[str, Any]] = []
     path = results_path(options.out)

@@ -18,6 +18,7 @@ PRODUCTS = {
     ("query_norms", None): 0,
     ("summary", None): 3,
     ("recurrence", None): 6,
+    ("recurrence", "persistent"): 6,
     ("recurrence_alone", None): 9,  # its outputs are made by two warpgroups in turn
     ("recurrence_alone", "keep"): 9,
     ("scan", None): 3,
@@ -31,7 +32,7 @@ def variant(kernel, option):
         "prepare": {"ratio": option, "normalize": True, "gate_dtype": "bfloat16"},
         "query_norms": {},
         "summary": {"normalize": True},
-        "recurrence": {"normalize": True},
+        "recurrence": {"normalize": True, "persistent": option == "persistent"},
         "recurrence_alone": {"normalize": True, "keep": option == "keep"},
         "scan": {},
     }

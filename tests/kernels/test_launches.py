@@ -129,6 +129,18 @@ def test_one_call(launched, monkeypatch, B, T, heads, cu_seqlens, large, normali
     assert {"replay", "reverse", "gradients", "beta_gradient"} <= set(launched)
 
 
+@pytest.mark.parametrize(("longest", "cut"), [(None, True), (315, False), (32000, True)])
+def test_documents_of_known_lengths(launched, longest, cut):
+    """Neither summaries nor states of segments if none is cut; no gradient of states that were not given."""
+    inputs, documents = draw(1, 32768, 2, 4), len(PACKED) - 1
+    cu = torch.tensor([*PACKED[:-1], 32768], dtype=torch.int32)
+    how = {"max_seqlen": longest, "order": torch.arange(documents, dtype=torch.int32)}
+    o, _, saved = forward.chunk_gdn_forward(*inputs, cu_seqlens=cu, **how)
+    assert ("summary" in launched) == ("scan" in launched) == cut
+    assert (saved.order is None) == cut and (len(saved.states) > 1) == cut
+    assert len(backward.chunk_gdn_backward(*inputs, saved, o).dh0) == 0
+
+
 @pytest.mark.parametrize("plan", [None, (3, 1, False)])
 @pytest.mark.parametrize("heads", [(2, 4), (16, 64)])
 def test_a_call_that_keeps_states(launched, heads, plan):

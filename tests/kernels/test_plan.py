@@ -37,6 +37,15 @@ def test_packed_documents_of_usual_lengths_are_left_whole():
         assert plan.segment == chunks
 
 
+def test_documents_of_known_lengths_are_cut_if_they_would_be_waited_for():
+    """32 heads, 32,768 tokens: 124 chunks are a multiprocessor's share."""
+    plan = plan_module.plan_segments(32768, 32, 32, 128, packed=True, processors=132)
+    assert plan.segment == 64
+    assert plan_module.longest_whole(plan, 32768, 32, 128, processors=132) == 125 + 32
+    few = plan_module.plan_segments(4096, 8, 8, 128, packed=True, processors=132)
+    assert plan_module.longest_whole(few, 4096, 8, 128, processors=132) < 48
+
+
 def test_jobs_that_leave_multiprocessors_idle_are_halved():
     assert plan_module.entire_jobs(160, 132) == 132
     assert plan_module.entire_jobs(64, 132) == 0
@@ -107,6 +116,9 @@ def test_tokens_that_number_the_segments_to_summarise(block):
             if part < -(-(end - begin) // block) - 1:
                 found.append((document, part))
         assert set(found) == wanted and len(found) == len(wanted)
+        numbers = [offsets[i] // block + j for i, j in wanted]
+        assert len(set(numbers)) == len(numbers)
+        assert all(0 <= n < common.cuts(offsets[-1], block) for n in numbers)
 
 
 @pytest.mark.parametrize("segment", [64, 128])
