@@ -32,7 +32,7 @@ from .common import (
     ROW,
     TARGET,
     accumulator_layout,
-    boundary,
+    find_boundary,
     load_transposed,
     transposed_layout,
 )
@@ -129,8 +129,10 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                     T.clear(S)
                     if at[PART] > 0:
                         if n > 0:
+                            place = T.alloc_local((1,), i32)
+                            find_boundary(at, segment, place)
                             for x, y in T.Parallel(BV, K):
-                                S[x, y] = states[boundary(at, segment) - 1, h, y, column + x]
+                                S[x, y] = states[place[0] - 1, h, y, column + x]
                     else:
                         if at[DOC] < initials:
                             for x, y in T.Parallel(BV, K):

@@ -40,7 +40,7 @@ from .common import (
     ROW,
     TARGET,
     accumulator_layout,
-    boundary,
+    find_boundary,
     transposed_layout,
 )  # fmt: skip
 
@@ -187,8 +187,10 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                                 S[x, y] = dfinal[ending, h, y, tile * BV + x]
                     elif store:
                         if n > 0:
+                            left = T.alloc_local((1,), i32)
+                            find_boundary(at, segment, left)
                             for x, y in T.Parallel(BV, K):
-                                S[x, y] = dstates[boundary(at, segment), h, y, tile * BV + x]
+                                S[x, y] = dstates[left[0], h, y, tile * BV + x]
                     if halves == 1:
                         if n > 0:
                             begin(held, room, ring, done[0], tx)
@@ -223,11 +225,13 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                     else:
                         if at[PART] <= at[LAST]:
                             if at[PART] > 0 or at[DOC] < open_left:
-                                place = T.if_then_else(
-                                    at[PART] > 0, boundary(at, segment) - 1, blocks + at[DOC]
+                                place = T.alloc_local((1,), i32)
+                                find_boundary(at, segment, place)
+                                place[0] = T.if_then_else(
+                                    at[PART] > 0, place[0] - 1, blocks + at[DOC]
                                 )
                                 for x, y in T.Parallel(BV, K):
-                                    dstates[place, h, y, tile * BV + x] = S[x, y]
+                                    dstates[place[0], h, y, tile * BV + x] = S[x, y]
                     done[0] += n
             else:
                 if tx < workers + 128:

@@ -199,9 +199,11 @@ def place_segment(begin, end, segment, at):
     at[LAST] = T.max(T.truncdiv(chunks + segment - 1, segment), 1) - 1
 
 
-def boundary(at, segment):
-    """Where the state that leaves segment `at` lies, unless it is its document's last."""
-    return T.truncdiv(at[ROW], segment * CHUNK)
+@T.macro
+def find_boundary(at, segment, place):
+    """place[0] <- where the state lies that leaves segment `at`, unless it is its document's last; that which enters
+    it is one before. In a variable: a division in an index is made for every element."""
+    place[0] = T.truncdiv(at[ROW], segment * CHUNK)
 
 
 @T.macro

@@ -11,7 +11,7 @@ Macros, made for a variant of that kernel; their text is part of its roles' bran
 
 import tilelang.language as T
 
-from .common import CHUNK, CHUNK_SLOT, COUNT, DOC, END, PART, ROW, boundary
+from .common import CHUNK, CHUNK_SLOT, COUNT, DOC, END, PART, ROW, find_boundary
 from .tickets import HEAD, TILE
 
 C, K, HALF = CHUNK, 128, 64
@@ -29,8 +29,10 @@ def enter(S, incoming, initial, states, at, segment, h, tile, BV, open_left, has
             for x, y in T.Parallel(BV, K):
                 S[x, y] = initial[at[DOC], h, y, tile * BV + x]
     elif at[COUNT] > 0:
+        place = T.alloc_local((1,), "int32")
+        find_boundary(at, segment, place)
         for x, y in T.Parallel(BV, K):
-            S[x, y] = states[boundary(at, segment) - 1, h, y, tile * BV + x]
+            S[x, y] = states[place[0] - 1, h, y, tile * BV + x]
 
 
 def pair_scaler(*, normalize):

@@ -16,15 +16,16 @@ import tilelang
 import tilelang.language as T
 
 from .common import CHUNK, FLAGS, TARGET
-from .scan import place
+from .scan import find_place
 
 MOST_SEGMENTS = 4096  # of a document
 STAGES = 3
 
 
-def behind(segment, first, entered):
-    """Where dS_ext of a document's segment lies: with the state that enters it, or at `entered`."""
-    return T.if_then_else(segment > 0, first + segment - 1, entered)
+@T.macro
+def find_behind(segment, first, entered, place):
+    """place[0] <- where dS_ext of a document's segment lies: with the state that enters it, or at `entered`."""
+    place[0] = T.if_then_else(segment > 0, first + segment - 1, entered)
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -66,7 +67,9 @@ def reverse_scan(*, entering=False):
             tx = T.get_thread_binding()
             block = segment * CHUNK
             begin, end = cu[doc], cu[doc + 1]
-            first = T.truncdiv(begin, block)
+            first = T.alloc_local((1,), i32)  # where the document's first segment lies
+            place = T.alloc_local((1,), i32)
+            first[0] = T.truncdiv(begin, block)
             count = T.max(T.truncdiv(end - begin + block - 1, block), 1)
             column = tile * COLS
             # the steps are segments start - 1, ..., stop: late gradients pass the last one, too
@@ -76,7 +79,8 @@ def reverse_scan(*, entering=False):
             stop = 0 if entering else 1
             for x in T.serial(T.ceildiv(start, 128)):
                 if x * 128 + tx < start:
-                    flags[x * 128 + tx] = live[place(x * 128 + tx, first, count, last), h]
+                    find_place(x * 128 + tx, first[0], count, last, place)
+                    flags[x * 128 + tx] = live[place[0], h]
             products = T.alloc_local((1,), i32)
             products[0] = 0
             T.sync_threads()
@@ -87,24 +91,27 @@ def reverse_scan(*, entering=False):
                     products[0] += 1
             T.sync_threads()
             for x in T.serial(T.min(products[0], STAGES)):
-                fetch(maps, place(order[x], first, count, last), h, x, Ms, full)
+                find_place(order[x], first[0], count, last, place)
+                fetch(maps, place[0], h, x, Ms, full)
             if late:
                 for x, y in T.Parallel(COLS, K):
                     S[x, y] = incoming[doc - (N1 - 1 - NI), h, y, column + x]
             else:
                 if count > 1 or entering:
+                    find_behind(count - 1, first[0], blocks + doc, place)
                     for x, y in T.Parallel(COLS, K):
-                        S[x, y] = external[behind(count - 1, first, blocks + doc), h, y, column + x]
+                        S[x, y] = external[place[0], h, y, column + x]
                 if not entering:
                     if count > 1:
                         for x, y in T.Parallel(COLS, K):
-                            dstates[first + count - 2, h, y, column + x] = S[x, y]
+                            dstates[first[0] + count - 2, h, y, column + x] = S[x, y]
             used = T.alloc_local((1,), i32)  # products so far
             used[0] = 0
             for i in T.serial(start - stop):
                 s = start - 1 - i
+                find_behind(s, first[0], blocks + doc, place)
                 for x, y in T.Parallel(COLS, K):
-                    acc[x, y] = external[behind(s, first, blocks + doc), h, y, column + x]
+                    acc[x, y] = external[place[0], h, y, column + x]
                 if flags[s] != 0:
                     stage = used[0] % STAGES
                     for x, y in T.Parallel(COLS, K):
@@ -118,20 +125,14 @@ def reverse_scan(*, entering=False):
                     T.wait_wgmma(0)
                     T.sync_threads()
                     if used[0] + STAGES < products[0]:
-                        fetch(
-                            maps,
-                            place(order[used[0] + STAGES], first, count, last),
-                            h,
-                            stage,
-                            Ms,
-                            full,
-                        )
+                        find_place(order[used[0] + STAGES], first[0], count, last, place)
+                        fetch(maps, place[0], h, stage, Ms, full)
                     used[0] += 1
                 for x, y in T.Parallel(COLS, K):
                     S[x, y] = acc[x, y]
                 if not entering:
                     for x, y in T.Parallel(COLS, K):
-                        dstates[first + s - 1, h, y, column + x] = S[x, y]
+                        dstates[first[0] + s - 1, h, y, column + x] = S[x, y]
             if entering:
                 for x, y in T.Parallel(COLS, K):
                     total[doc, h, y, column + x] = S[x, y]

@@ -27,9 +27,10 @@ COLUMNS = 32
 STAGES = 3
 
 
-def place(segment, first, count, late):
-    """Where M of a document's segment lies, and the state that leaves it (common.py, summary.py)."""
-    return T.if_then_else(segment < count - 1, first + segment, late)
+@T.macro
+def find_place(segment, first, count, late, place):
+    """place[0] <- where M of a document's segment lies, and the state that leaves it (common.py, summary.py)."""
+    place[0] = T.if_then_else(segment < count - 1, first + segment, late)
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -85,6 +86,10 @@ def scan():
             held = T.alloc_local((1,), i32)  # whether S is in registers
             base = T.alloc_local((1,), i32)  # products of the documents before
             products = T.alloc_local((1,), i32)
+            first = T.alloc_local((1,), i32)  # where the document's first segment lies
+            late = T.alloc_local((1,), i32)  # and the last one of a document that leaves
+            place = T.alloc_local((1,), i32)
+            slot = T.alloc_local((1,), i32)
             used[0] = 0
             for turn in T.serial(T.ceildiv(jobs - lane, lanes)):
                 job = lane + turn * lanes
@@ -104,14 +109,14 @@ def scan():
                     elif job >= open_left + open_right:
                         if doc >= N1 - 1 - open_right or token - begin >= 2 * block:
                             mine[0] = 0
-                first = T.truncdiv(begin, block)
+                first[0] = T.truncdiv(begin, block)
                 count = T.truncdiv(end - begin + block - 1, block)
                 column = tile % (V // COLS) * COLS
                 is_map = tile >= V // COLS
                 arrives = doc < open_left
                 leaves = closing != 1 and doc >= N1 - 1 - open_right and mine[0] != 0
                 out = doc - (N1 - 1 - open_right)
-                late = blocks + out  # where the last segment of what leaves lies
+                late[0] = blocks + out
                 writes[0] = count - 1
                 if is_map or (arrives and closing == 0):
                     writes[0] = 0
@@ -125,7 +130,8 @@ def scan():
 
                 for x in T.serial(T.ceildiv(stop[0], 256)):
                     if x * 256 + tx < stop[0]:
-                        flags[x * 256 + tx] = live[place(x * 256 + tx, first, count, late), h]
+                        find_place(x * 256 + tx, first[0], count, late[0], place)
+                        flags[x * 256 + tx] = live[place[0], h]
                 base[0] = used[0]
                 held[0] = 0
                 T.clear(S)
@@ -137,10 +143,11 @@ def scan():
                 if is_map and count > 0:
                     if flags[0] % 2 != 0:
                         held[0] = 1
+                        find_place(0, first[0], count, late[0], place)
                         for x, y in T.Parallel(K, COLS):
-                            S[x, y] = T.cast(
-                                maps[place(0, first, count, late), h, 0, x, column + y], f32
-                            ) + T.cast(maps[place(0, first, count, late), h, 1, x, column + y], f32)
+                            S[x, y] = T.cast(maps[place[0], h, 0, x, column + y], f32) + T.cast(
+                                maps[place[0], h, 1, x, column + y], f32
+                            )
                     for x in T.serial(stop[0]):  # one M that vanished, and so does the product
                         if flags[x] % 2 == 0:
                             held[0] = 0
@@ -154,22 +161,16 @@ def scan():
                         products[0] += 1
                 T.sync_threads()
                 for x in T.serial(T.min(products[0], STAGES)):
-                    fetch(
-                        maps,
-                        place(flags[x] // 2, first, count, late),
-                        h,
-                        (base[0] + x) % STAGES,
-                        Ms,
-                        full,
-                    )
+                    find_place(flags[x] // 2, first[0], count, late[0], place)
+                    fetch(maps, place[0], h, (base[0] + x) % STAGES, Ms, full)
                 for step in T.serial(T.max(stop[0] - start, 0)):
                     s = start + step
-                    slot = place(s, first, count, late)
+                    find_place(s, first[0], count, late[0], slot)
                     stage = used[0] % STAGES
                     if flags[s] % 2 != 0:
                         if held[0] == 0:
                             for x, y in T.Parallel(K, COLS):
-                                S[x, y] = states[first + s - 1, h, x, column + y]
+                                S[x, y] = states[first[0] + s - 1, h, x, column + y]
                         for x, y in T.Parallel(K, COLS):
                             high = T.cast(S[x, y], bf16)
                             Ss[0, y, x] = high
@@ -180,7 +181,7 @@ def scan():
                             T.clear(S)
                         else:
                             for x, y in T.Parallel(K, COLS):
-                                S[x, y] = states[slot, h, x, column + y]
+                                S[x, y] = states[slot[0], h, x, column + y]
                         T.mbarrier_wait_parity(full[stage], used[0] // STAGES % 2)
                         T.wgmma_gemm(
                             Ms[2 * stage + 1, :, :],
@@ -209,18 +210,12 @@ def scan():
                             S[x, y] += acc[x, y]
                         if s < writes[0]:
                             for x, y in T.Parallel(K, COLS):
-                                states[slot, h, x, column + y] = S[x, y]
+                                states[slot[0], h, x, column + y] = S[x, y]
                         T.sync_threads()
                         ahead = used[0] - base[0] + STAGES
                         if ahead < products[0]:
-                            fetch(
-                                maps,
-                                place(flags[ahead] // 2, first, count, late),
-                                h,
-                                stage,
-                                Ms,
-                                full,
-                            )
+                            find_place(flags[ahead] // 2, first[0], count, late[0], place)
+                            fetch(maps, place[0], h, stage, Ms, full)
                         used[0] += 1
                         held[0] = 1
                     else:
@@ -240,7 +235,7 @@ def scan():
                             T.clear(S)
                         else:
                             for x, y in T.Parallel(K, COLS):
-                                S[x, y] = states[late, h, x, column + y]
+                                S[x, y] = states[late[0], h, x, column + y]
                     if is_map:
                         for x, y in T.Parallel(K, COLS):
                             total_map[out, h, x, column + y] = S[x, y]
