@@ -167,7 +167,7 @@ def reverse(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, 
                         walk, done, span)  # fmt: skip
 
             if tx < workers:
-                T.set_max_nreg(208 if halves == 2 else 240, 1)
+                T.set_max_nreg(208 if halves == 2 else 248, 1)
                 find_block(cu, spot)
                 for turn in T.serial(T.ceildiv(span[1] + 1 - span[0] - z, width)):
                     part = span[0] + z + turn * width

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.timeout(300)
 # items and segments, two of them read once a head or chunk, and an address or two: never accumulators.
 CASES = {
     "replay": ({"halves": 2, "normalize": True}, 3, 0, 3),
-    "reverse": ({"halves": 2, "normalize": True}, 6, 12, 4),
+    "reverse": ({"halves": 2, "normalize": True}, 6, 16, 4),
     "reverse alone": ({"halves": 1, "normalize": True}, 7, 0, 3),
     "reverse summary": ({"halves": 2, "normalize": True, "store": False}, 6, 8, 4),
     "reverse summary alone": ({"halves": 1, "normalize": True, "store": False}, 7, 0, 3),

@@ -54,7 +54,9 @@ class Call(SimpleNamespace):
     def states(self, known, place, late):
         """Known states with the late ones put in; the caller must have left those zero."""
         Hv, K, V = self.v.shape[2], self.k.shape[3], self.v.shape[3]
-        states = self.v.new_zeros(self.count, Hv, K, V) if known is None else known.clone()
+        states = self.v.new_zeros(self.count, Hv, K, V)
+        if known is not None:  # of the first sequences
+            states[: len(known)] = known
         if late is not None:
             assert not states[place].any()
             states[place] = late
@@ -63,9 +65,14 @@ class Call(SimpleNamespace):
 
 def fake_open_forward(
     k, v, g, beta, *, initial_state, cu_seqlens, open_left, open_right, use_qk_l2norm_in_kernel,
-    summarise, layout,
+    summarise, max_seqlen, order, layout,
 ):  # fmt: skip
     assert layout in (None, "forward")
+    if cu_seqlens is None:
+        assert max_seqlen is None and order is None
+    else:  # documents, longest first
+        lengths = cu_seqlens.diff()[order.long()]
+        assert max_seqlen == lengths[0] and lengths.equal(lengths.sort(descending=True).values)
     return Call(
         k=k, v=v, g=g, beta=beta, h0=initial_state, cu=cu_seqlens, left=open_left,
         right=open_right, normalize=use_qk_l2norm_in_kernel, summarise=summarise,
@@ -112,7 +119,7 @@ def fake_close_forward(call, q, *, incoming, scale, output_final_state, keep_sta
     nothing, a = torch.zeros(0), torch.zeros(1, 1)
     cu = torch.zeros(0, dtype=torch.int32) if call.cu is None else call.cu
     saved = forward_kernels.Saved(
-        a, nothing, nothing, nothing, nothing, cu, nothing, nothing,
+        a, nothing, nothing, nothing, nothing, cu, None, nothing, nothing,
         entering=None, vd=None, plan="plan",
     )  # fmt: skip
     if keep_states:
