@@ -20,13 +20,12 @@ chain and no barrier between warpgroups. Roles in a CTA:
     producer    1 warp: bulk copies of q, k, v, a and the gates, `stages` chunks deep
     storer      1 warp a consumer: bulk copies of the outputs that it left in shared memory
 
-With one chain a CTA the work is divided otherwise: recurrence_alone.py.
+With one chain a CTA the work is divided otherwise: recurrence_alone.py. `persistent`: a CTA takes one
+segment after another (tickets.py), for short documents; one warp more finds them.
 
 L2-normalised queries and keys are never written: 1/|k| and 1/|q| (prepare.py, qnorm.py) scale the
 gate vectors and P.
 """
-
-from typing import Any, NamedTuple
 
 import tilelang
 import tilelang.language as T
@@ -47,7 +46,7 @@ from .common import (
     store_transposed,
     transposed_layout,
 )
-from .recurrence_roles import auxiliary, enter, producer, storer
+from .recurrence_roles import Given, Room, auxiliary, enter, producer, storer
 from .tickets import (
     HEAD,
     TICKETS,
@@ -60,55 +59,6 @@ from .tickets import (
     open_line,
     take_all,
 )
-
-
-class Given(NamedTuple):
-    """Of a kernel's arguments, those of the chains."""
-
-    incoming: Any
-    initial: Any
-    states: Any
-    o: Any
-    final: Any
-    segment: Any
-    has_initial: Any
-    want_final: Any
-    open_left: Any
-
-
-class Room(NamedTuple):
-    """Shared memory, registers and barriers of the chains."""
-
-    ks: Any
-    qs: Any
-    as_: Any
-    vs: Any
-    ps: Any
-    os_: Any
-    gs: Any
-    ein: Any
-    eout: Any
-    eq: Any
-    es: Any
-    S: Any
-    Sb: Any
-    U: Any
-    Ub: Any
-    W: Any
-    Wd: Any
-    Wb: Any
-    O: Any
-    Ob: Any
-    Vb: Any
-    E: Any
-    F: Any
-    decay: Any
-    full: Any
-    empty: Any
-    ready: Any
-    spent: Any
-    staged: Any
-    stored: Any
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)

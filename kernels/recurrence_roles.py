@@ -9,12 +9,63 @@ Macros, made for a variant of that kernel; their text is part of its roles' bran
     storer      bulk copies of the outputs that a chain left in shared memory
 """
 
+from typing import Any, NamedTuple
+
 import tilelang.language as T
 
 from .common import CHUNK, CHUNK_SLOT, COUNT, DOC, END, PART, ROW, find_boundary
 from .tickets import HEAD, TILE
 
 C, K, HALF = CHUNK, 128, 64
+
+
+class Given(NamedTuple):
+    """Of a kernel's arguments, those of the chains."""
+
+    incoming: Any
+    initial: Any
+    states: Any
+    o: Any
+    final: Any
+    segment: Any
+    has_initial: Any
+    want_final: Any
+    open_left: Any
+
+
+class Room(NamedTuple):
+    """Shared memory, registers and barriers of the chains."""
+
+    ks: Any
+    qs: Any
+    as_: Any
+    vs: Any
+    ps: Any
+    os_: Any
+    gs: Any
+    ein: Any
+    eout: Any
+    eq: Any
+    es: Any
+    S: Any
+    Sb: Any
+    U: Any
+    Ub: Any
+    W: Any
+    Wd: Any
+    Wb: Any
+    O: Any
+    Ob: Any
+    Vb: Any
+    E: Any
+    F: Any
+    decay: Any
+    full: Any
+    empty: Any
+    ready: Any
+    spent: Any
+    staged: Any
+    stored: Any
 
 
 @T.macro
