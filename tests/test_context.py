@@ -163,3 +163,10 @@ def test_many_documents_take_no_operation_each():
             build_cp_context(seq_len=2000, cu_seqlens=list(range(0, 2001, step)))
         counts.append(count.calls)
     assert counts[1] <= counts[0] + 5
+
+
+def test_pieces_are_known_by_length():
+    context = build_cp_context(seq_len=20, cu_seqlens=[0, 3, 10, 11, 18, 20])
+    assert context.longest_piece == 7
+    assert context.local_order.tolist() == [1, 3, 0, 4, 2]
+    assert context.local_order.dtype == torch.int32
