@@ -18,7 +18,7 @@ import tilelang.language as T
 from .common import COUNT, find_sequence
 
 PLACES = 2
-HEAD, TILE = 7, 8  # what `take` adds to find_segment's
+HEAD, TILE = 7, 8  # what `take_all` adds to find_segment's
 TICKETS = r"""
 namespace gdn {
 __device__ __forceinline__ int take_ticket(int* next) {
