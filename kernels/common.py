@@ -58,6 +58,16 @@ __device__ __forceinline__ int find_document(const int* cu, int slot, int block,
   }
   return first;
 }
+// Numbered, by halving: as every lane does the same, the compiler knows that the result is the same, too,
+// and keeps what follows from it in uniform registers.
+__device__ __forceinline__ int halve_documents(const int* cu, int slot, int block, int documents) {
+  int first = 0;
+  for (int step = documents > 1 ? 1 << (31 - __clz(documents - 1)) : 0; step > 0; step >>= 1) {
+    const int guess = first + step;
+    if (guess < documents && cu[guess] / block + guess <= slot) first = guess;
+  }
+  return first;
+}
 }  // namespace gdn
 #endif
 """
@@ -168,24 +178,30 @@ def find_token(cu, token, documents, doc):
 
 
 @T.macro
-def find_segment(cu, slot, segment, documents, at):
-    """Where a segment of `segment` chunks lies: see the names above. COUNT is 0 in an empty slot."""
+def find_segment(cu, slot, segment, documents, at, halving=False):
+    """Where a segment of `segment` chunks lies: see the names above. COUNT is 0 in an empty slot.
+    `halving`: slower for many documents, and the same for all lanes, as the compiler sees it."""
     block = segment * CHUNK
-    find_document(cu, slot, block, documents, at)
+    if halving:
+        at[DOC] = T.call_extern(
+            "int32", "gdn::halve_documents", T.access_ptr(cu[0], "r"), slot, block, documents
+        )
+    else:
+        find_document(cu, slot, block, documents, at)
     begin, end = cu[at[DOC]], cu[at[DOC] + 1]
     at[PART] = slot - T.truncdiv(begin, block) - at[DOC]
     place_segment(begin, end, segment, at)
 
 
 @T.macro
-def find_sequence(cu, order, ordered, slot, segment, documents, at):
+def find_sequence(cu, order, ordered, slot, segment, documents, at, halving=False):
     """The same; if `ordered`, segments are whole documents, in that order."""
     if ordered != 0:
         at[DOC] = order[slot]
         at[PART] = 0
         place_segment(cu[at[DOC]], cu[at[DOC] + 1], segment, at)
     else:
-        find_segment(cu, slot, segment, documents, at)
+        find_segment(cu, slot, segment, documents, at, halving)
 
 
 @T.macro

@@ -157,7 +157,7 @@ def recurrence_alone(
             tx = T.get_thread_binding()
             at = T.alloc_local((7,), i32)
             decay = T.alloc_local((1,), f32)
-            find_sequence(cu, order, ordered, slot, segment, N1 - 1, at)
+            find_sequence(cu, order, ordered, slot, segment, N1 - 1, at, halving=True)
             n = at[COUNT]
             row = at[ROW]
             full_chunks = T.if_then_else(row + n * C <= at[END], n, n - 1)
