@@ -16,6 +16,7 @@ from .common import CHUNK
 from .inputs import KEY_DIM
 from .launch import ready, wait
 from .reverse_scan import reverse_scan
+from .scan import COLUMNS
 
 
 def summarise(x: OpenBackward) -> None:
@@ -45,10 +46,12 @@ def _reverse(
 
 def scan(opened, incoming, dstates, total, *, entering) -> None:
     x, saved = opened, opened.saved
+    documents = total.shape[0] if entering else x.layout.documents
+    lanes = max(1, x.layout.processors // (KEY_DIM // COLUMNS * x.v.shape[1]))
     ready(reverse_scan, entering=entering)(
         x.external, saved.maps, saved.live, saved.cu_seqlens,
         x.external if incoming is None else incoming, dstates, total, saved.plan.summarised,
-        x.layout.blocks, int(incoming is not None),
+        x.layout.blocks, min(documents, lanes), int(incoming is not None),
     )  # fmt: skip
 
 

@@ -20,9 +20,11 @@ a step runs. A segment whose M vanished (live = 0) needs no step.
 import tilelang
 import tilelang.language as T
 
-from .common import CHUNK, FLAGS, SEARCH, TARGET, find_token
+from .backward_common import SOURCE
+from .common import CHUNK, FLAGS, TARGET, accumulator_layout, find_token
 
 MOST_SEGMENTS = 4096  # of a document
+K = V = 128
 COLUMNS = 32
 STAGES = 3
 
@@ -33,18 +35,65 @@ def find_place(segment, first, count, late, place):
     place[0] = T.if_then_else(segment < count - 1, first + segment, late)
 
 
+@T.macro
+def fetch(maps, slot, h, stage, Ms, full):
+    """M into a stage: its high and its low numbers."""
+    T.tma_copy(maps[slot, h, 0, :, :], Ms[2 * stage, :, :], barrier=full[stage])
+    T.tma_copy(maps[slot, h, 1, :, :], Ms[2 * stage + 1, :, :], barrier=full[stage])
+    T.mbarrier_arrive(full[stage])
+
+
+@T.macro
+def put(fragment, Ss, i, tx):
+    """[K, COLUMNS] -> Ss[i], [COLUMNS, K]."""
+    for x in T.unroll(COLUMNS // 16):
+        T.call_extern(
+            "handle",
+            "gdn::store_matrix_trans",
+            T.access_ptr(
+                Ss[i, x * 16 + tx % 32 // 16 * 8 + tx % 8, tx // 32 * 16 + tx % 16 // 8 * 8], "r"
+            ),
+            T.access_ptr(fragment[tx // 32 * 16 + tx % 32 // 4, x * 16 + tx % 4 * 2], "r"),
+        )
+
+
+@T.macro
+def divide(S, high, low, Ss, tx):
+    """S -> Ss, as two bf16 numbers each, for products."""
+    for x, y in T.Parallel(K, COLUMNS):
+        high[x, y] = T.cast(S[x, y], "bfloat16")
+    for x, y in T.Parallel(K, COLUMNS):
+        low[x, y] = T.cast(S[x, y] - T.cast(high[x, y], "float32"), "bfloat16")
+    put(high, Ss, 0, tx)
+    put(low, Ss, 1, tx)
+    T.call_extern("handle", "gdn::fence_shared")
+
+
+@T.macro
+def write(states, S, pending, h, column):
+    """The state of the step before, if it is to be written: behind a fence, which would wait for it."""
+    if pending[0] >= 0:
+        for x, y in T.Parallel(K, COLUMNS):
+            states[pending[0], h, x, column + y] = S[x, y]
+    pending[0] = -1
+
+
+@T.macro
+def multiply(Ms, stage, Ss, acc, transpose):
+    """acc <- M S or M^T S, without low times low."""
+    options = {"transpose_A": transpose, "transpose_B": True, "policy": T.GemmWarpPolicy.FullRow}
+    T.wgmma_gemm(Ms[2 * stage + 1, :, :], Ss[0, :, :], acc, clear_accum=True, **options)
+    T.wgmma_gemm(Ms[2 * stage, :, :], Ss[1, :, :], acc, **options)
+    T.wgmma_gemm(Ms[2 * stage, :, :], Ss[0, :, :], acc, **options)
+    T.wait_wgmma(0)
+
+
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
 def scan():
-    K, V, COLS = 128, 128, COLUMNS
+    COLS = COLUMNS
     f32, bf16, i32 = "float32", "bfloat16", "int32"
     NS, Hv, N1, NT = T.dynamic("NS"), T.dynamic("Hv"), T.dynamic("N1"), T.dynamic("NT")
     N0, NI, NM = T.dynamic("N0"), T.dynamic("NI"), T.dynamic("NM")
-
-    @T.macro
-    def fetch(maps, slot, h, stage, Ms, full):
-        T.tma_copy(maps[slot, h, 0, :, :], Ms[2 * stage, :, :], barrier=full[stage])
-        T.tma_copy(maps[slot, h, 1, :, :], Ms[2 * stage + 1, :, :], barrier=full[stage])
-        T.mbarrier_arrive(full[stage])
 
     @T.prim_func
     def main(
@@ -68,11 +117,14 @@ def scan():
         closing: T.int32,
     ):
         with T.Kernel(tiles, Hv, lanes, threads=256) as (tile, h, lane):
-            T.import_source(SEARCH)
+            T.import_source(SOURCE)
             Ms = T.alloc_shared((2 * STAGES, K, K), bf16)  # [stage * 2 + (high, low)]
             Ss = T.alloc_shared((2, COLS, K), bf16)
             acc = T.alloc_fragment((K, COLS), f32)
+            high = T.alloc_fragment((K, COLS), bf16)
+            low = T.alloc_fragment((K, COLS), bf16)
             S = T.alloc_fragment((K, COLS), f32)
+            T.annotate_layout({high: accumulator_layout(high), low: accumulator_layout(low)})
             full = T.alloc_barrier([256] * STAGES)
             tx = T.get_thread_binding()
             block = segment * CHUNK
@@ -90,7 +142,9 @@ def scan():
             late = T.alloc_local((1,), i32)  # and the last one of a document that leaves
             place = T.alloc_local((1,), i32)
             slot = T.alloc_local((1,), i32)
+            pending = T.alloc_local((1,), i32)  # where S is still to be written
             used[0] = 0
+            pending[0] = -1
             for turn in T.serial(T.ceildiv(jobs - lane, lanes)):
                 job = lane + turn * lanes
                 which[0] = job
@@ -171,11 +225,8 @@ def scan():
                         if held[0] == 0:
                             for x, y in T.Parallel(K, COLS):
                                 S[x, y] = states[first[0] + s - 1, h, x, column + y]
-                        for x, y in T.Parallel(K, COLS):
-                            high = T.cast(S[x, y], bf16)
-                            Ss[0, y, x] = high
-                            Ss[1, y, x] = T.cast(S[x, y] - T.cast(high, f32), bf16)
-                        T.fence_proxy_async()
+                        divide(S, high, low, Ss, tx)
+                        write(states, S, pending, h, column)
                         T.sync_threads()
                         if is_map:
                             T.clear(S)
@@ -183,34 +234,11 @@ def scan():
                             for x, y in T.Parallel(K, COLS):
                                 S[x, y] = states[slot[0], h, x, column + y]
                         T.mbarrier_wait_parity(full[stage], used[0] // STAGES % 2)
-                        T.wgmma_gemm(
-                            Ms[2 * stage + 1, :, :],
-                            Ss[0, :, :],
-                            acc,
-                            transpose_B=True,
-                            clear_accum=True,
-                            policy=T.GemmWarpPolicy.FullRow,
-                        )
-                        T.wgmma_gemm(
-                            Ms[2 * stage, :, :],
-                            Ss[1, :, :],
-                            acc,
-                            transpose_B=True,
-                            policy=T.GemmWarpPolicy.FullRow,
-                        )
-                        T.wgmma_gemm(
-                            Ms[2 * stage, :, :],
-                            Ss[0, :, :],
-                            acc,
-                            transpose_B=True,
-                            policy=T.GemmWarpPolicy.FullRow,
-                        )
-                        T.wait_wgmma(0)
+                        multiply(Ms, stage, Ss, acc, False)
                         for x, y in T.Parallel(K, COLS):
                             S[x, y] += acc[x, y]
                         if s < writes[0]:
-                            for x, y in T.Parallel(K, COLS):
-                                states[slot[0], h, x, column + y] = S[x, y]
+                            pending[0] = slot[0]
                         T.sync_threads()
                         ahead = used[0] - base[0] + STAGES
                         if ahead < products[0]:
@@ -219,7 +247,9 @@ def scan():
                         used[0] += 1
                         held[0] = 1
                     else:
+                        write(states, S, pending, h, column)
                         held[0] = 0
+                write(states, S, pending, h, column)
                 if leaves:
                     if held[0] == 0:
                         if count == 0:  # nothing happens to the state
