@@ -46,7 +46,7 @@ from .common import (
     store_transposed,
     transposed_layout,
 )
-from .recurrence_roles import Given, Room, auxiliary, enter, producer, storer
+from .recurrence_roles import Given, Room, beside, enter
 from .tickets import (
     HEAD,
     TICKETS,
@@ -54,7 +54,6 @@ from .tickets import (
     Line,
     follow,
     leave_place,
-    loaded_all,
     look,
     open_line,
     take_all,
@@ -187,21 +186,9 @@ def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False, persistent=F
                 for x, y in T.Parallel(BV, K):
                     given.final[at[DOC], h, y, tile * BV + x] = room.S[x, y]
 
-    @T.macro
-    def store_all(o, room, line, half, at, tx):
-        """A branch for each of the warps: TileLang elects one thread of a branch."""
-        if persistent:
-            follow(line, at)
-            while at[COUNT] >= 0:
-                storer(room.os_, o, half, line.done, at, BV, room.staged, room.stored)
-                leave_place(line, tx)
-                follow(line, at)
-        else:
-            storer(room.os_, o, half, line.done, at, BV, room.staged, room.stored)
-
-    make_products = auxiliary(stages=stages, normalize=normalize)
-    load = producer(stages=stages, halves=halves, normalize=normalize)
-
+    make_all, load_all, store_all = beside(
+        Hk, Hv, stages=stages, halves=halves, normalize=normalize, persistent=persistent
+    )
     kept = T.Tensor if persistent else lambda *_: False  # TileLang makes no argument of a constant
 
     @T.prim_func
@@ -289,11 +276,10 @@ def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False, persistent=F
                 find_sequence(cu, order, ordered, bz, segment, N1 - 1, at)
                 at[HEAD] = by
                 at[TILE] = bx
-            given = Given(
-                incoming, initial, states, o, final, segment, has_initial, want_final, open_left
-            )
-            room = Room(ks, qs, as_, vs, ps, os_, gs, ein, eout, eq, es, S, Sb, U, Ub, W, Wd, Wb, O, Ob, Vb,
-                        E, F, decay, full, empty, ready, spent, staged, stored)  # fmt: skip
+            given = Given(q, k, v, a, gate, rnorm, qnorm, incoming, initial, states, o, final, segment,
+                          has_initial, want_final, open_left)  # fmt: skip
+            room = Room(ks, qs, as_, vs, ps, os_, gs, rs, qn, ein, eout, eq, es, S, Sb, U, Ub, W, Wd, Wb, O,
+                        Ob, Vb, E, F, P, Pb, decay, full, empty, ready, spent, staged, stored)  # fmt: skip
 
             if tx < workers:
                 T.set_max_nreg(registers[0], 1)
@@ -309,43 +295,11 @@ def recurrence(*, dtype="bfloat16", value_dim=128, normalize=False, persistent=F
                     run_chain(given, room, line, at, 0, tx)
             elif tx < movers:
                 T.set_max_nreg(registers[1], 0)
-                if persistent:
-                    follow(line, at)
-                    while at[COUNT] >= 0:
-                        make_products(
-                            qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, full, empty, ready,
-                            spent, done[0], at[COUNT], tx - workers, scale,
-                        )  # fmt: skip
-                        done[0] += at[COUNT]
-                        leave_place(line, tx)
-                        follow(line, at)
-                else:
-                    make_products(
-                        qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, full, empty, ready, spent, 0,
-                        at[COUNT], tx - workers, scale,
-                    )  # fmt: skip
+                make_all(room, line, at, scale, tx - workers)
             else:
                 T.set_max_nreg(24, 0)
                 if tx < movers + 32:
-                    if persistent:
-                        follow(line, at)
-                        while at[COUNT] >= 0:
-                            h = at[HEAD]
-                            hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
-                            load(
-                                q, k, v, a, gate, rnorm, qnorm, qs, ks, vs, as_, gs, rs, qn, full,
-                                empty, done, at, h, hk, at[TILE] * BV,
-                            )  # fmt: skip
-                            loaded_all(line, tx)
-                            leave_place(line, tx)
-                            follow(line, at)
-                    else:
-                        h = at[HEAD]
-                        hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
-                        load(
-                            q, k, v, a, gate, rnorm, qnorm, qs, ks, vs, as_, gs, rs, qn, full, empty,
-                            done, at, h, hk, at[TILE] * BV,
-                        )  # fmt: skip
+                    load_all(given, room, line, at, tx)
                 elif tx < movers + 64:
                     store_all(o, room, line, 0, at, tx)
                 elif tx < movers + 96:

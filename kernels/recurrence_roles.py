@@ -7,6 +7,7 @@ Macros, made for a variant of that kernel; their text is part of its roles' bran
                 scales U, D and Q S, a vector each
     producer    bulk copies into `stages` slots, refilled as chains and auxiliary leave them
     storer      bulk copies of the outputs that a chain left in shared memory
+    beside      the last three, for one segment or for all that a CTA takes (tickets.py)
 """
 
 from typing import Any, NamedTuple
@@ -14,14 +15,21 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 from .common import CHUNK, CHUNK_SLOT, COUNT, DOC, END, PART, ROW, find_boundary
-from .tickets import HEAD, TILE
+from .tickets import HEAD, TILE, follow, leave_place, loaded_all
 
 C, K, HALF = CHUNK, 128, 64
 
 
 class Given(NamedTuple):
-    """Of a kernel's arguments, those of the chains."""
+    """Of a kernel's arguments, those of the chains and of what is loaded for them."""
 
+    q: Any
+    k: Any
+    v: Any
+    a: Any
+    gate: Any
+    rnorm: Any
+    qnorm: Any
     incoming: Any
     initial: Any
     states: Any
@@ -34,7 +42,7 @@ class Given(NamedTuple):
 
 
 class Room(NamedTuple):
-    """Shared memory, registers and barriers of the chains."""
+    """Shared memory, registers and barriers of the chains and of the auxiliary warpgroup."""
 
     ks: Any
     qs: Any
@@ -43,6 +51,8 @@ class Room(NamedTuple):
     ps: Any
     os_: Any
     gs: Any
+    rs: Any
+    qn: Any
     ein: Any
     eout: Any
     eq: Any
@@ -59,6 +69,8 @@ class Room(NamedTuple):
     Vb: Any
     E: Any
     F: Any
+    P: Any
+    Pb: Any
     decay: Any
     full: Any
     empty: Any
@@ -110,39 +122,43 @@ def auxiliary(*, stages, normalize):
     scale_pairs = pair_scaler(normalize=normalize)
 
     @T.macro
-    def run(qs, ks, gs, rs, qn, ps, ein, eout, eq, es, P, Pb, full, empty, ready, spent, base, n, t,
-            scale):  # fmt: skip
+    def run(room, base, n, t, scale):
+        P, Pb, ps, gs = room.P, room.Pb, room.ps, room.gs
         for i in T.serial(n):
             c = base + i
             s = c % stages
             b = c % 2
-            T.mbarrier_wait_parity(full[s], (c // stages) % 2)
+            T.mbarrier_wait_parity(room.full[s], (c // stages) % 2)
             if not normalize:
-                T.wgmma_gemm(qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True)
-            T.mbarrier_wait_parity(spent[b], (c // 2) % 2 ^ 1)
+                T.wgmma_gemm(
+                    room.qs[s, :, :], room.ks[s, :, :], P, transpose_B=True, clear_accum=True
+                )
+            T.mbarrier_wait_parity(room.spent[b], (c // 2) % 2 ^ 1)
             if t < C:
                 G = gs[s, t]
                 if normalize:
-                    ein[b, t] = T.exp2(G) * rs[s, t]
-                    eout[b, t] = T.exp2(gs[s, C - 1] - G) * rs[s, t]
-                    eq[b, t] = T.exp2(G) * (scale * qn[s, t])
+                    room.ein[b, t] = T.exp2(G) * room.rs[s, t]
+                    room.eout[b, t] = T.exp2(gs[s, C - 1] - G) * room.rs[s, t]
+                    room.eq[b, t] = T.exp2(G) * (scale * room.qn[s, t])
                 else:
                     if t == C - 1:
-                        es[b] = T.exp2(G)
-                    ein[b, t] = T.exp2(G)
-                    eout[b, t] = T.exp2(gs[s, C - 1] - G)
-                    eq[b, t] = T.exp2(G) * scale
+                        room.es[b] = T.exp2(G)
+                    room.ein[b, t] = T.exp2(G)
+                    room.eout[b, t] = T.exp2(gs[s, C - 1] - G)
+                    room.eq[b, t] = T.exp2(G) * scale
             if normalize:
-                T.wgmma_gemm(qs[s, :, :], ks[s, :, :], P, transpose_B=True, clear_accum=True)
+                T.wgmma_gemm(
+                    room.qs[s, :, :], room.ks[s, :, :], P, transpose_B=True, clear_accum=True
+                )
             T.wait_wgmma(0)
             for x, y in T.Parallel(C, C):
                 P[x, y] *= T.exp2(T.min(gs[s, x] - gs[s, y], 0.0))
-            scale_pairs(P, qn, rs, s, scale)
+            scale_pairs(P, room.qn, room.rs, s, scale)
             T.copy(P, Pb)
             T.copy(Pb, ps[b * C : (b + 1) * C, :])
             T.fence_proxy_async()
-            T.mbarrier_arrive(ready[b])
-            T.mbarrier_arrive(empty[s])
+            T.mbarrier_arrive(room.ready[b])
+            T.mbarrier_arrive(room.empty[s])
 
     return run
 
@@ -198,3 +214,59 @@ def storer(os_, o, half, done, at, BV, staged, stored):
         done[0] += 1
         at[COUNT] -= 1
         at[ROW] += C
+
+
+def beside(Hk, Hv, *, stages, halves, normalize, persistent):
+    """The macros of the auxiliary warpgroup, of the warp that loads and of those that store, for the
+    segment of a CTA or for all that it takes."""
+    make_products = auxiliary(stages=stages, normalize=normalize)
+    load = producer(stages=stages, halves=halves, normalize=normalize)
+    BV = HALF * halves
+
+    @T.macro
+    def store_all(o, room, line, half, at, tx):
+        """A branch for each of the warps: TileLang elects one thread of a branch."""
+        if persistent:
+            follow(line, at)
+            while at[COUNT] >= 0:
+                storer(room.os_, o, half, line.done, at, BV, room.staged, room.stored)
+                leave_place(line, tx)
+                follow(line, at)
+        else:
+            storer(room.os_, o, half, line.done, at, BV, room.staged, room.stored)
+
+    @T.macro
+    def make_all(room, line, at, scale, t):
+        if persistent:
+            follow(line, at)
+            while at[COUNT] >= 0:
+                make_products(room, line.done[0], at[COUNT], t, scale)
+                line.done[0] += at[COUNT]
+                leave_place(line, t)
+                follow(line, at)
+        else:
+            make_products(room, 0, at[COUNT], t, scale)
+
+    @T.macro
+    def load_segment(given, room, line, at):
+        h = at[HEAD]
+        hk = T.truncdiv(h, T.truncdiv(Hv, Hk))
+        load(
+            given.q, given.k, given.v, given.a, given.gate, given.rnorm, given.qnorm, room.qs, room.ks,
+            room.vs, room.as_, room.gs, room.rs, room.qn, room.full, room.empty, line.done, at, h, hk,
+            at[TILE] * BV,
+        )  # fmt: skip
+
+    @T.macro
+    def load_all(given, room, line, at, tx):
+        if persistent:
+            follow(line, at)
+            while at[COUNT] >= 0:
+                load_segment(given, room, line, at)
+                loaded_all(line, tx)
+                leave_place(line, tx)
+                follow(line, at)
+        else:
+            load_segment(given, room, line, at)
+
+    return make_all, load_all, store_all
