@@ -129,8 +129,14 @@ def variants(
     yield Variant("scan", {})
 
 
-def assemble(source: str) -> tuple[str, str]:
-    """PTX of a kernel's CUDA source, and ptxas' report on it (registers, spills, C75xx messages)."""
+class Assembled(NamedTuple):
+    ptx: str
+    report: str  # ptxas': registers, spills, C75xx messages
+    cubin: bytes
+
+
+def assemble(source: str) -> Assembled:
+    """What nvcc makes of a kernel's CUDA source."""
     root = os.path.dirname(tilelang.__file__)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cu")
@@ -145,5 +151,8 @@ def assemble(source: str) -> tuple[str, str]:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             raise RuntimeError(run.stderr)
-        with open(os.path.join(folder, "kernel.ptx")) as file:
-            return file.read(), run.stderr
+        with (
+            open(os.path.join(folder, "kernel.ptx")) as ptx,
+            open(os.path.join(folder, "kernel.cubin"), "rb") as cubin,
+        ):
+            return Assembled(ptx.read(), run.stderr, cubin.read())
