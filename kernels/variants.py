@@ -83,28 +83,18 @@ def surroundings(
             yield Variant(f"norm_{way}", {"dim": value_dim, "dtype": dtype})
 
 
-def variants(
-    key_heads: int,
-    value_heads: int,
+def rule(
+    ratio: int,
     *,
-    key_dim: int = 128,
-    value_dim: int = 128,
     dtype: str = "bfloat16",
     gate_dtype: str = "float32",
     beta_dtype: str = "float32",
     normalize: tuple[bool, ...] = (False, True),
     processors: int = 132,
 ) -> Iterator[Variant]:
-    """Every kernel that a model with these heads can call, whatever its sequences look like.
-
-    key_dim, value_dim: of a head. The rule is called with heads of 128, for every value head as many
-        as hold its columns; only the layer's own kernels have the model's sizes.
-    processors: multiprocessors of the GPU that will run them (132: H100 and H200 SXM).
-    """
-    ratio = value_heads * -(-value_dim // 128) // key_heads
+    """The kernels of the delta rule, for `ratio` value heads of 128 columns a key head."""
     for entering in (False, True):
         yield Variant("reverse_scan", {"entering": entering})
-    yield from surroundings(key_heads, value_heads, dtype, key_dim, value_dim)
     if True in normalize:
         yield Variant("query_norms", {"dtype": dtype})
     for norm in normalize:
@@ -127,6 +117,27 @@ def variants(
         yield Variant("gradients", {"ratio": ratio, **last})
         yield Variant("beta_gradient", {"smallest": SMALLEST_BETA[dtype], **last})
     yield Variant("scan", {})
+
+
+def variants(
+    key_heads: int,
+    value_heads: int,
+    *,
+    key_dim: int = 128,
+    value_dim: int = 128,
+    dtype: str = "bfloat16",
+    **options: Any,
+) -> Iterator[Variant]:
+    """Every kernel that a model with these heads can call, whatever its sequences look like.
+
+    key_dim, value_dim: of a head. The rule is called with heads of 128, for every value head as many
+        as hold its columns; only the layer's own kernels have the model's sizes.
+    options: gate_dtype, beta_dtype; normalize, by the kernels or not, both unless told; processors,
+        multiprocessors of the GPU that will run them (132: H100 and H200 SXM).
+    """
+    yield from surroundings(key_heads, value_heads, dtype, key_dim, value_dim)
+    ratio = value_heads * -(-value_dim // 128) // key_heads
+    yield from rule(ratio, dtype=dtype, **options)
 
 
 class Assembled(NamedTuple):

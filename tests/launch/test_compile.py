@@ -36,6 +36,7 @@ def test_heads(script, options, heads):
         ("model=tiny value_heads=8", "model=tiny has its own value_heads; leave one out"),
         ("key_heads=0", "key_heads=0; it must be at least 1"),
         ("jobs=0", "jobs=0; it must be at least 1"),
+        ("suite=true model=tiny jobs=1", "suite has its own model; leave one out"),
         ("dtype=float32", "dtype=float32; the kernels take bfloat16 and float16"),
         ("gate_dtype=float16", "gate_dtype=float16; it may be float32 or dtype, bfloat16"),
     ],
@@ -43,3 +44,11 @@ def test_heads(script, options, heads):
 def test_what_no_kernel_takes_is_refused(script, arguments, message):
     with pytest.raises(ValueError, match=message):
         script["main"](arguments.split())
+
+
+def test_the_suite_has_what_models_of_its_heads_call(script):
+    from cp_gdn.kernels.variants import KERNELS, variants
+
+    suite = list(script["suite"]())
+    assert {variant.kernel for variant in suite} == set(KERNELS)
+    assert all(variant in suite for variant in variants(16, 32))
