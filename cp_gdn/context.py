@@ -31,8 +31,7 @@ EXCHANGES = ("ring", "all_to_all", "all_gather", "serial")
 class CPContext:
     """What a layer must know about the sharding of its batch. Make one with :func:`build_cp_context`, once a batch.
 
-    Tokens are counted per row; with more than one row (B > 1) every row is one document. Host fields are
-    tuples of ints;
+    Tokens are counted per row; with more than one row (B > 1) every row is one document. Host fields are of ints;
     ``position_ids`` [T_local] (int64, the position within the document), ``local_offsets`` [pieces + 1] (int32, the
     pieces of this shard) and ``local_order`` [pieces] (int32, the longest first) lie on ``device``.
     """
@@ -304,9 +303,8 @@ def _check_offsets(cu_seqlens: Tensor | Sequence[int] | None, seq_len: int) -> t
     offsets = _ints("cu_seqlens", cu_seqlens, "document offsets, a list or 1-D tensor of integers")
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != seq_len:
         raise ValueError(
-            f"cu_seqlens runs from {offsets[0] if offsets else None} to "
-            f"{offsets[-1] if offsets else None} but must run "
-            f"from 0 to seq_len = {seq_len}; under context parallelism it holds GLOBAL offsets, the same on every rank"
+            f"cu_seqlens runs from {offsets[0] if offsets else None} to {offsets[-1] if offsets else None} but must "
+            f"run from 0 to seq_len = {seq_len}; under context parallelism it holds GLOBAL offsets, the same everywhere"
         )
     for place, (low, high) in enumerate(itertools.pairwise(offsets)):
         if high <= low:
@@ -320,17 +318,15 @@ def _check_offsets(cu_seqlens: Tensor | Sequence[int] | None, seq_len: int) -> t
 def _check_bounds(shard_sizes: Sequence[int] | None, seq_len: int, size: int) -> tuple[int, ...]:
     if seq_len < size:
         raise ValueError(
-            f"seq_len {seq_len} is smaller than the {size} ranks of the group; every rank needs at "
-            "least one token: use "
-            "fewer ranks or longer sequences"
+            f"seq_len {seq_len} is smaller than the {size} ranks of the group; every rank needs at least one token: "
+            "use fewer ranks or longer sequences"
         )
     if shard_sizes is None:
         blocks, unit = -(-seq_len // CHUNK), CHUNK
         if blocks < size:
             blocks, unit = seq_len, 1
         each, extra = divmod(blocks, size)
-        cuts = [min(seq_len, unit * (r * each + min(r, extra))) for r in range(size + 1)]
-        return tuple(cuts)
+        return tuple(min(seq_len, unit * (r * each + min(r, extra))) for r in range(size + 1))
     sizes = _ints("shard_sizes", shard_sizes, "one integer for each rank")
     if len(sizes) != size or any(s < 1 for s in sizes):
         raise ValueError(
@@ -340,10 +336,7 @@ def _check_bounds(shard_sizes: Sequence[int] | None, seq_len: int, size: int) ->
         raise ValueError(
             f"shard_sizes sum to {sum(sizes)} but seq_len is {seq_len}; they must cover every token exactly once"
         )
-    bounds = [0]
-    for s in sizes:
-        bounds.append(bounds[-1] + s)
-    return tuple(bounds)
+    return (0, *itertools.accumulate(sizes))
 
 
 def _pieces(offsets: tuple[int, ...], start: int, end: int) -> tuple[Piece, ...]:
