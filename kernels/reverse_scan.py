@@ -15,19 +15,8 @@ import tilelang
 import tilelang.language as T
 
 from .backward_common import SOURCE
-from .common import CHUNK, FLAGS, TARGET, accumulator_layout
-from .scan import (
-    COLUMNS,
-    MOST_SEGMENTS,
-    STAGES,
-    K,
-    V,
-    divide,
-    fetch,
-    find_place,
-    multiply,
-    write,
-)
+from .common import CHUNK, FLAGS, TARGET
+from .scan import COLUMNS, STAGES, K, V, divide, fetch, find_place, multiply, open_room, write
 
 
 @T.macro
@@ -61,16 +50,8 @@ def reverse_scan(*, entering=False):
     ):
         with T.Kernel(V // COLS, Hv, lanes, threads=256) as (tile, h, lane):
             T.import_source(SOURCE)
-            Ms = T.alloc_shared((2 * STAGES, K, K), bf16)  # [stage * 2 + (high, low)]
-            Ss = T.alloc_shared((2, COLS, K), bf16)
-            acc = T.alloc_fragment((K, COLS), f32)
-            high = T.alloc_fragment((K, COLS), bf16)
-            low = T.alloc_fragment((K, COLS), bf16)
-            S = T.alloc_fragment((K, COLS), f32)
-            T.annotate_layout({high: accumulator_layout(high), low: accumulator_layout(low)})
-            full = T.alloc_barrier([256] * STAGES)
-            # live, and twice the number of the i-th segment with a product
-            flags = T.alloc_shared((MOST_SEGMENTS,), i32)
+            room = open_room()
+            S, flags = room.S, room.flags
             tx = T.get_thread_binding()
             block = segment * CHUNK
             column = tile * COLS
@@ -107,7 +88,7 @@ def reverse_scan(*, entering=False):
                     T.sync_threads()
                     for x in T.serial(T.min(products[0], STAGES)):
                         find_place(flags[x] // 2, first[0], count, last, place)
-                        fetch(maps, place[0], h, (base[0] + x) % STAGES, Ms, full)
+                        fetch(room, maps, place[0], h, (base[0] + x) % STAGES)
                     if late:
                         for x, y in T.Parallel(K, COLS):
                             S[x, y] = incoming[doc - (N1 - 1 - NI), h, x, column + y]
@@ -122,28 +103,25 @@ def reverse_scan(*, entering=False):
                         find_behind(s, first[0], blocks + doc, place)
                         if flags[s] % 2 != 0:
                             stage = used[0] % STAGES
-                            divide(S, high, low, Ss, tx)
-                            write(dstates, S, pending, h, column)
+                            divide(room, tx)
+                            write(room, dstates, pending, h, column)
                             T.sync_threads()
                             for x, y in T.Parallel(K, COLS):
                                 S[x, y] = external[place[0], h, x, column + y]
-                            T.mbarrier_wait_parity(full[stage], used[0] // STAGES % 2)
-                            multiply(Ms, stage, Ss, acc, True)
-                            for x, y in T.Parallel(K, COLS):
-                                S[x, y] += acc[x, y]
+                            multiply(room, stage, used[0] // STAGES % 2, True)
                             T.sync_threads()
                             ahead = used[0] - base[0] + STAGES
                             if ahead < products[0]:
                                 find_place(flags[ahead] // 2, first[0], count, last, place)
-                                fetch(maps, place[0], h, stage, Ms, full)
+                                fetch(room, maps, place[0], h, stage)
                             used[0] += 1
                         else:
-                            write(dstates, S, pending, h, column)
+                            write(room, dstates, pending, h, column)
                             for x, y in T.Parallel(K, COLS):
                                 S[x, y] = external[place[0], h, x, column + y]
                         if not entering:
                             pending[0] = first[0] + s - 1
-                    write(dstates, S, pending, h, column)
+                    write(room, dstates, pending, h, column)
                     if entering:
                         for x, y in T.Parallel(K, COLS):
                             total[doc, h, x, column + y] = S[x, y]

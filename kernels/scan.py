@@ -17,6 +17,8 @@ a step runs. A segment whose M vanished (live = 0) needs no step.
     closing = 2   both in one go, `total_state` from the true `incoming` ones.
 """
 
+from typing import Any, NamedTuple
+
 import tilelang
 import tilelang.language as T
 
@@ -35,12 +37,35 @@ def find_place(segment, first, count, late, place):
     place[0] = T.if_then_else(segment < count - 1, first + segment, late)
 
 
+class Room(NamedTuple):
+    """What a step works in, of a scan in either direction."""
+
+    Ms: Any  # M, [stage * 2 + (high, low)]
+    Ss: Any  # S [columns, K], high and low
+    S: Any
+    acc: Any
+    high: Any
+    low: Any
+    full: Any
+    flags: Any  # live, and twice the number of the i-th segment with a product
+
+
+def open_room() -> Room:
+    Ms = T.alloc_shared((2 * STAGES, K, K), "bfloat16")
+    Ss = T.alloc_shared((2, COLUMNS, K), "bfloat16")
+    S, acc = (T.alloc_fragment((K, COLUMNS), "float32") for _ in range(2))
+    high, low = (T.alloc_fragment((K, COLUMNS), "bfloat16") for _ in range(2))
+    T.annotate_layout({high: accumulator_layout(high), low: accumulator_layout(low)})
+    full = T.alloc_barrier([256] * STAGES)
+    return Room(Ms, Ss, S, acc, high, low, full, T.alloc_shared((MOST_SEGMENTS,), "int32"))
+
+
 @T.macro
-def fetch(maps, slot, h, stage, Ms, full):
+def fetch(room, maps, slot, h, stage):
     """M into a stage: its high and its low numbers."""
-    T.tma_copy(maps[slot, h, 0, :, :], Ms[2 * stage, :, :], barrier=full[stage])
-    T.tma_copy(maps[slot, h, 1, :, :], Ms[2 * stage + 1, :, :], barrier=full[stage])
-    T.mbarrier_arrive(full[stage])
+    T.tma_copy(maps[slot, h, 0, :, :], room.Ms[2 * stage, :, :], barrier=room.full[stage])
+    T.tma_copy(maps[slot, h, 1, :, :], room.Ms[2 * stage + 1, :, :], barrier=room.full[stage])
+    T.mbarrier_arrive(room.full[stage])
 
 
 @T.macro
@@ -58,34 +83,39 @@ def put(fragment, Ss, i, tx):
 
 
 @T.macro
-def divide(S, high, low, Ss, tx):
-    """S -> Ss, as two bf16 numbers each, for products."""
+def divide(room, tx):
+    """S into shared memory as two bf16 numbers each, for products."""
     for x, y in T.Parallel(K, COLUMNS):
-        high[x, y] = T.cast(S[x, y], "bfloat16")
+        room.high[x, y] = T.cast(room.S[x, y], "bfloat16")
     for x, y in T.Parallel(K, COLUMNS):
-        low[x, y] = T.cast(S[x, y] - T.cast(high[x, y], "float32"), "bfloat16")
-    put(high, Ss, 0, tx)
-    put(low, Ss, 1, tx)
+        room.low[x, y] = T.cast(room.S[x, y] - T.cast(room.high[x, y], "float32"), "bfloat16")
+    put(room.high, room.Ss, 0, tx)
+    put(room.low, room.Ss, 1, tx)
     T.call_extern("handle", "gdn::fence_shared")
 
 
 @T.macro
-def write(states, S, pending, h, column):
+def write(room, states, pending, h, column):
     """The state of the step before, if it is to be written: behind a fence, which would wait for it."""
     if pending[0] >= 0:
         for x, y in T.Parallel(K, COLUMNS):
-            states[pending[0], h, x, column + y] = S[x, y]
+            states[pending[0], h, x, column + y] = room.S[x, y]
     pending[0] = -1
 
 
 @T.macro
-def multiply(Ms, stage, Ss, acc, transpose):
-    """acc <- M S or M^T S, without low times low."""
+def multiply(room, stage, parity, transpose):
+    """S += M S or M^T S, without low times low."""
     options = {"transpose_A": transpose, "transpose_B": True, "policy": T.GemmWarpPolicy.FullRow}
-    T.wgmma_gemm(Ms[2 * stage + 1, :, :], Ss[0, :, :], acc, clear_accum=True, **options)
-    T.wgmma_gemm(Ms[2 * stage, :, :], Ss[1, :, :], acc, **options)
-    T.wgmma_gemm(Ms[2 * stage, :, :], Ss[0, :, :], acc, **options)
+    T.mbarrier_wait_parity(room.full[stage], parity)
+    T.wgmma_gemm(
+        room.Ms[2 * stage + 1, :, :], room.Ss[0, :, :], room.acc, clear_accum=True, **options
+    )
+    T.wgmma_gemm(room.Ms[2 * stage, :, :], room.Ss[1, :, :], room.acc, **options)
+    T.wgmma_gemm(room.Ms[2 * stage, :, :], room.Ss[0, :, :], room.acc, **options)
     T.wait_wgmma(0)
+    for x, y in T.Parallel(K, COLUMNS):
+        room.S[x, y] += room.acc[x, y]
 
 
 @tilelang.jit(target=TARGET, pass_configs=FLAGS)
@@ -118,18 +148,10 @@ def scan():
     ):
         with T.Kernel(tiles, Hv, lanes, threads=256) as (tile, h, lane):
             T.import_source(SOURCE)
-            Ms = T.alloc_shared((2 * STAGES, K, K), bf16)  # [stage * 2 + (high, low)]
-            Ss = T.alloc_shared((2, COLS, K), bf16)
-            acc = T.alloc_fragment((K, COLS), f32)
-            high = T.alloc_fragment((K, COLS), bf16)
-            low = T.alloc_fragment((K, COLS), bf16)
-            S = T.alloc_fragment((K, COLS), f32)
-            T.annotate_layout({high: accumulator_layout(high), low: accumulator_layout(low)})
-            full = T.alloc_barrier([256] * STAGES)
+            room = open_room()
+            S, flags = room.S, room.flags
             tx = T.get_thread_binding()
             block = segment * CHUNK
-            # live, and twice the number of the i-th segment with a product
-            flags = T.alloc_shared((MOST_SEGMENTS,), i32)
             which = T.alloc_local((1,), i32)
             mine = T.alloc_local((1,), i32)  # else another CTA's
             writes = T.alloc_local((1,), i32)  # states below this segment are replaced
@@ -216,7 +238,7 @@ def scan():
                 T.sync_threads()
                 for x in T.serial(T.min(products[0], STAGES)):
                     find_place(flags[x] // 2, first[0], count, late[0], place)
-                    fetch(maps, place[0], h, (base[0] + x) % STAGES, Ms, full)
+                    fetch(room, maps, place[0], h, (base[0] + x) % STAGES)
                 for step in T.serial(T.max(stop[0] - start, 0)):
                     s = start + step
                     find_place(s, first[0], count, late[0], slot)
@@ -225,31 +247,28 @@ def scan():
                         if held[0] == 0:
                             for x, y in T.Parallel(K, COLS):
                                 S[x, y] = states[first[0] + s - 1, h, x, column + y]
-                        divide(S, high, low, Ss, tx)
-                        write(states, S, pending, h, column)
+                        divide(room, tx)
+                        write(room, states, pending, h, column)
                         T.sync_threads()
                         if is_map:
                             T.clear(S)
                         else:
                             for x, y in T.Parallel(K, COLS):
                                 S[x, y] = states[slot[0], h, x, column + y]
-                        T.mbarrier_wait_parity(full[stage], used[0] // STAGES % 2)
-                        multiply(Ms, stage, Ss, acc, False)
-                        for x, y in T.Parallel(K, COLS):
-                            S[x, y] += acc[x, y]
+                        multiply(room, stage, used[0] // STAGES % 2, False)
                         if s < writes[0]:
                             pending[0] = slot[0]
                         T.sync_threads()
                         ahead = used[0] - base[0] + STAGES
                         if ahead < products[0]:
                             find_place(flags[ahead] // 2, first[0], count, late[0], place)
-                            fetch(maps, place[0], h, stage, Ms, full)
+                            fetch(room, maps, place[0], h, stage)
                         used[0] += 1
                         held[0] = 1
                     else:
-                        write(states, S, pending, h, column)
+                        write(room, states, pending, h, column)
                         held[0] = 0
-                write(states, S, pending, h, column)
+                write(room, states, pending, h, column)
                 if leaves:
                     if held[0] == 0:
                         if count == 0:  # nothing happens to the state
