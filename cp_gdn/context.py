@@ -204,7 +204,6 @@ def build_cp_context(
     sizes = torch.tensor([p.end - p.start for p in pieces])
     starts = torch.tensor([p.doc_start for p in pieces]).repeat_interleave(sizes)
     positions = torch.arange(bounds[rank], bounds[rank + 1]) - starts
-    order = sizes.argsort(descending=True, stable=True)
     context = CPContext(
         group=group,
         rank=rank,
@@ -217,7 +216,7 @@ def build_cp_context(
         pieces=pieces,
         position_ids=positions.to(device),
         local_offsets=torch.tensor([0, *(p.end for p in pieces)], dtype=torch.int32, device=device),
-        local_order=order.to(device, torch.int32),
+        local_order=sizes.argsort(descending=True, stable=True).to(device, torch.int32),
     )
     context.layout(1, device)
     comm.warm_up(group)
@@ -302,9 +301,10 @@ def _check_offsets(cu_seqlens: Tensor | Sequence[int] | None, seq_len: int) -> t
         return (0, seq_len)
     offsets = _ints("cu_seqlens", cu_seqlens, "document offsets, a list or 1-D tensor of integers")
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != seq_len:
+        ends = f"{offsets[0]} to {offsets[-1]}" if offsets else "None to None"
         raise ValueError(
-            f"cu_seqlens runs from {offsets[0] if offsets else None} to {offsets[-1] if offsets else None} but must "
-            f"run from 0 to seq_len = {seq_len}; under context parallelism it holds GLOBAL offsets, the same everywhere"
+            f"cu_seqlens runs from {ends} but must run from 0 to seq_len = {seq_len}; under context parallelism "
+            "it holds GLOBAL offsets, the same on every rank"
         )
     for place, (low, high) in enumerate(itertools.pairwise(offsets)):
         if high <= low:

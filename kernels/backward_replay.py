@@ -15,12 +15,7 @@ beta - a_ii, is added in fp32.
 import tilelang
 import tilelang.language as T
 
-from .backward_common import (
-    SOURCE,
-    send_state,
-    stage_rows,
-    stage_state,
-)
+from .backward_common import SOURCE, send_state, stage_rows, stage_state
 from .common import (
     CHUNK,
     CHUNK_SLOT,
@@ -43,6 +38,7 @@ from .tickets import HEAD, TICKETS, TILE, follow, leave_place, loaded_all, open_
 def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, stages=4):
     C, K, V, HALF = CHUNK, 128, 128, 64
     BV, workers = HALF * halves, 128 * halves
+    ROWS = T.GemmWarpPolicy.FullRow
     f32, i32 = "float32", "int32"
     L, NC, NS = T.dynamic("L"), T.dynamic("NC"), T.dynamic("NS")
     Hk, Hv, N1 = T.dynamic("Hk"), T.dynamic("Hv"), T.dynamic("N1")
@@ -51,7 +47,15 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
 
     @T.macro
     def send_rows(os_, vd, slot, h, column, w):
-        T.tma_copy(os_[w * C : w * C + C, :], vd[slot, h, :, column : column + HALF])
+        begin = column + w * HALF
+        T.tma_copy(os_[w * C : w * C + C, :], vd[slot, h, :, begin : begin + HALF])
+
+    @T.macro
+    def send(ss, os_, entering, vd, slot, i, h, column, w):
+        """Warpgroup `w`: its part of the state that enters the i-th chunk, and of Vd of the chunk before."""
+        send_state(ss, entering, slot, h, column + w * HALF, w)
+        if i > 0:
+            send_rows(os_, vd, slot - 1, h, column, w)
 
     @T.prim_func
     def main(
@@ -147,12 +151,7 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                         for x, y in T.Parallel(BV, K):
                             S[x, y] *= decay
                         T.wgmma_gemm(
-                            Sb,
-                            ks[s, :, :],
-                            U,
-                            transpose_B=True,
-                            clear_accum=True,
-                            policy=T.GemmWarpPolicy.FullRow,
+                            Sb, ks[s, :, :], U, transpose_B=True, clear_accum=True, policy=ROWS
                         )
                         load_transposed(xs, (s * halves + tx // 128) * C, Xf, tx)
                         T.tma_store_wait()
@@ -163,22 +162,9 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                         T.call_extern("handle", "gdn::fence_shared")
                         T.call_extern("handle", "gdn::wait_named", tx // 128 + 1)
                         if tx < 128:
-                            send_state(ss, entering, kept + i, h, column, 0)
-                            if i > 0:
-                                send_rows(os_, vd, kept + i - 1, h, column, 0)
+                            send(ss, os_, entering, vd, kept + i, i, h, column, 0)
                         else:
-                            send_state(
-                                ss, entering, kept + i, h, column + (halves - 1) * HALF, halves - 1
-                            )
-                            if i > 0:
-                                send_rows(
-                                    os_,
-                                    vd,
-                                    kept + i - 1,
-                                    h,
-                                    column + (halves - 1) * HALF,
-                                    halves - 1,
-                                )
+                            send(ss, os_, entering, vd, kept + i, i, h, column, halves - 1)
                         T.mbarrier_wait_parity(scaled[s], (c // stages) % 2)
                         for x, y in T.Parallel(BV, C):
                             E[x, y] = ein[s, y]
@@ -186,12 +172,7 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                         for x, y in T.Parallel(BV, C):
                             Ub[x, y] = Xf[y, x] - U[x, y] * E[x, y]
                         T.wgmma_gemm(
-                            Ub,
-                            as_[s, :, :],
-                            W,
-                            transpose_B=True,
-                            clear_accum=True,
-                            policy=T.GemmWarpPolicy.FullRow,
+                            Ub, as_[s, :, :], W, transpose_B=True, clear_accum=True, policy=ROWS
                         )
                         for x, y in T.Parallel(BV, C):
                             F[x, y] = eout[s, y]
@@ -200,7 +181,7 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                             W[x, y] += Ub[x, y] * lost[s, y]
                         for x, y in T.Parallel(BV, C):
                             Wd[x, y] = W[x, y] * F[x, y]
-                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                        T.wgmma_gemm(Wd, ks[s, :, :], S, policy=ROWS)
                         for x, y in T.Parallel(BV, C):
                             Of[y, x] = W[x, y]
                         T.wait_wgmma(0)
@@ -214,9 +195,7 @@ def replay(*, halves, dtype="bfloat16", beta_dtype="float32", normalize=False, s
                         if tx < 128:
                             send_rows(os_, vd, kept + n - 1, h, column, 0)
                         else:
-                            send_rows(
-                                os_, vd, kept + n - 1, h, column + (halves - 1) * HALF, halves - 1
-                            )
+                            send_rows(os_, vd, kept + n - 1, h, column, halves - 1)
                     done[0] += n
                     leave_place(line, tx)
                     follow(line, at)

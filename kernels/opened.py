@@ -72,9 +72,7 @@ class OpenForward:
     external: torch.Tensor  # [NM, Hv, K, V] fp32, S_ext of the summarised segments
     maps: torch.Tensor  # Saved's, or larger ones that the backward does not need
     live: torch.Tensor
-    tickets: (
-        torch.Tensor
-    )  # [1] int32, zero: the next segment of the main pass that no CTA has taken
+    tickets: torch.Tensor  # [1] int32, zero: segments that CTAs of the main pass take
     pending: int  # so many documents, the first ones, have no states of segments yet
     asked: bool = False  # for what leaves
     q: torch.Tensor | None = None  # [L, Hk, K], once its norms are there
